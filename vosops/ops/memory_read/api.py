@@ -192,7 +192,7 @@ def _with_prior(p: Scores, prior: Prior, implementation: ModuleType) -> Scores:
     """The scores with the prior's centres and precisions, which are constants for autograd."""
     precision = kernel_precision(p, prior)  # [B, M]
     if isinstance(prior, CenterPrior):
-        centers = prior.centers.flatten(1, -2).float().expand(*precision.shape, 2)
+        centers = prior.centers.flatten(1, -2).float().expand(*precision.shape, 2).contiguous()
         return replace(p, centers=centers, precision=precision)
     with torch.no_grad():
         width = p.query_key.shape[-1]
@@ -207,5 +207,5 @@ def _with_prior(p: Scores, prior: Prior, implementation: ModuleType) -> Scores:
 
 def _usage(indices: Tensor, weights: Tensor, p: Scores) -> Tensor:
     """usage_j = sum_i w_ij of the kept positions.  # [B, M]"""
-    usage = weights.new_zeros(p.memory_key.shape[0], p.memory_key[0, 0].numel())
+    usage = weights.new_zeros(p.memory_key.shape[0], p.memory)
     return usage.scatter_add(1, indices.clamp(min=0).flatten(1), weights.detach().flatten(1))

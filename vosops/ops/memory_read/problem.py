@@ -36,6 +36,14 @@ class Scores:
         names = ("query_key", "memory_key", "shrinkage", "selection", "memory_mask", "centers", "precision")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    @property
+    def queries(self) -> int:
+        return math.prod(self.query_key.shape[2:])
+
+    @property
+    def memory(self) -> int:
+        return math.prod(self.memory_key.shape[2:])
+
     def cells(self, like: Tensor) -> Tensor:
         """Cell (row, column) of every query.  # [Q, 2]"""
         height, width = self.query_key.shape[2:]
@@ -48,7 +56,7 @@ class Scores:
         if self.window is None:
             return torch.ones(1, 1, dtype=torch.bool, device=device)
         cells = self.cells(torch.empty(0, device=device, dtype=torch.int64))  # [Q, 2]
-        frames = self.memory_key[0, 0].numel() // cells.shape[0]
+        frames = self.memory // cells.shape[0]
         offset = (cells[:, None] - cells[None]).abs().amax(-1)  # [Q, Q]
         return (offset <= self.window // 2).repeat(1, frames)
 
@@ -203,13 +211,13 @@ def mask_log_prior(prior: MaskPrior, cells: Tensor) -> Tensor:
 
 def kernel_precision(p: Scores, prior: Prior) -> Tensor:
     """1 / (2 sigma_j^2) of every memory position.  # [B, M]"""
-    batch, memory = p.memory_key.shape[0], p.memory_key[0, 0].numel()
+    batch, memory = p.memory_key.shape[0], p.memory
     if isinstance(prior.sigma, Tensor):
         sigma = prior.sigma.flatten(1).float().expand(batch, memory)
     else:
         sigma = torch.full((batch, memory), float(prior.sigma), device=p.query_key.device)
     if isinstance(prior, KernelPrior) and prior.sigma_growth != 0:
-        frames = memory // p.query_key[0, 0].numel()
+        frames = memory // p.queries
         age = torch.arange(frames - 1, -1, -1, device=sigma.device).repeat_interleave(memory // frames)
         sigma = sigma * (1 + prior.sigma_growth * age)
-    return 0.5 / sigma.square()
+    return (0.5 / sigma.square()).contiguous()

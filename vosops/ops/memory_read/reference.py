@@ -43,7 +43,7 @@ def softmax(s: Tensor) -> Tensor:
 
 
 def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:  # [B, Q, k] twice
-    best, indices = scores(p).topk(min(top_k, p.memory_key[0, 0].numel()), dim=-1)
+    best, indices = scores(p).topk(min(top_k, p.memory), dim=-1)
     return indices.masked_fill(best == -math.inf, -1), softmax(best)
 
 

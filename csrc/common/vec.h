@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// One vector type per instruction set. Included only by translation units that are compiled once per
+// instruction set, with VOSOPS_ISA naming the namespace that keeps their inline code apart: without it
+// the linker could hand code built for AVX-512 to a CPU that lacks it.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace vosops::VOSOPS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVecs = 4;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kVecs = 2;
+#else
+constexpr int kLanes = 4, kVecs = 2;
+#endif
+// The register tile of every product: kRows x kCols accumulators fill the register file.
+constexpr int kRows = 6, kCols = kLanes * kVecs;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec set1(float x) { return x - Vec{}; }  // minus 0 folds away, plus 0 would not
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+
+inline Vec iota() {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float(i);
+  return v;
+}
+
+// One bit per lane where !(a <= b): a NaN counts as greater, so that it is seen and not lost.
+inline uint32_t not_below(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(a[i] <= b[i])) << i;
+  return bits;
+#endif
+}
+
+// Writes the lanes of `bits` and their indices (first + lane) to the front of the two buffers, which
+// need room for kLanes entries; returns how many were written.
+inline int append(Vec v, uint32_t bits, int32_t first, float* scores, int32_t* indices) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_ps(scores, _mm512_maskz_compress_ps(__mmask16(bits), (__m512)v));
+  _mm512_storeu_si512(indices, _mm512_add_epi32(_mm512_set1_epi32(first),
+                                                _mm512_maskz_compress_epi32(__mmask16(bits), lanes)));
+  return __builtin_popcount(bits);
+#else
+  int n = 0;
+  for (; bits; bits &= bits - 1, ++n) {
+    const int lane = __builtin_ctz(bits);
+    scores[n] = v[lane];
+    indices[n] = first + lane;
+  }
+  return n;
+#endif
+}
+
+inline float reduce_add(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+inline float reduce_max(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x to 2 ulp for x <= 88; 0 below -87.3 (and for -inf), NaN for NaN.
+inline Vec exp(Vec x) {
+  const Vec low = set1(-87.33f);
+  const Vec clamped = x < low ? low : x;
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+  const Vec shifter = set1(12582912.f);
+  const Vec shifted = clamped * 1.44269504088896341f + shifter;
+  const Vec n = shifted - shifter;
+  const Vec r = (clamped - n * 0.693145751953125f) - n * 1.428606765330187e-6f;
+  Vec p = set1(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  VecI bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const VecI exponent = (bits - 0x4B400000 + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  const Vec result = p * power;
+  return x < low ? Vec{} : result;
+}
+
+#if defined(__AVX512BF16__)
+// acc + a * b over pairs of bfloat16 packed into each 32-bit lane.
+inline Vec dot_pairs(Vec acc, Vec a, Vec b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+constexpr bool kPairs = true;
+#else
+inline Vec dot_pairs(Vec acc, Vec, Vec) { return acc; }
+constexpr bool kPairs = false;
+#endif
+
+}  // namespace vosops::VOSOPS_ISA

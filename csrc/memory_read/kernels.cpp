@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set; VOSOPS_ISA names it.
+#include "dense.h"
+#include "gather.h"
+#include "match.h"
+
+#define VOSOPS_TEXT2(x) #x
+#define VOSOPS_TEXT(x) VOSOPS_TEXT2(x)
+
+namespace vosops::VOSOPS_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    VOSOPS_TEXT(VOSOPS_ISA), kRows, layout,     pack_queries, match,           finish,
+    dense,                   usage, best_query, gather_rows,  gather_channels, gather_backward,
+};
+
+}  // namespace vosops::VOSOPS_ISA

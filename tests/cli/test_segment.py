@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vosops segment` on a small video: what it writes, and one clear line for every error."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from vosops.cli import app
+from vosops.cli.segment import _parse_bytes
+from vosops.data import davis_palette, open_frames, video_writer, write_mask
+from vosops.propagate import LabelPropagator
+
+SIZE = (120, 192)
+FRAMES = 14
+DATA = Path(os.environ.get("VOSOPS_DATA", "../shared/data"))
+
+
+def picture(number):
+    """A blue square that moves four pixels a frame over a background of stripes."""
+    columns = np.arange(SIZE[1])
+    frame = np.zeros((*SIZE, 3), np.uint8)
+    frame[..., 0] = 120 + 100 * np.sin(columns / 8)
+    frame[..., 1] = 140
+    frame[30:90, 20 + 4 * number : 80 + 4 * number] = (20, 30, 220)
+    return frame
+
+
+def truth(number):
+    mask = np.zeros(SIZE, np.uint8)
+    mask[30:90, 20 + 4 * number : 80 + 4 * number] = 5
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Frames, a video and the first mask in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("clip").mkdir()
+    with video_writer("clip.mp4", SIZE, fps=12) as writer:
+        for number in range(FRAMES):
+            Image.fromarray(picture(number)).save(f"clip/{number:05d}.png")
+            writer.write(picture(number))
+    write_mask("mask.png", truth(0), davis_palette())
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["segment", *map(str, arguments)])
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(message, *arguments, code=2):
+    """The error is one line on stderr that begins with the command and matches."""
+    result = run(*arguments, code=code)
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(message, last), result.output
+    assert last.startswith("vosops segment: ")
+    assert "Traceback" not in result.output
+    return last
+
+
+def region_similarity(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize("video", ["clip", "clip.mp4"])
+def test_segments_a_folder_and_a_video(folder, video):
+    result = run(video, "--mask", "mask.png", "--out", "out")
+    assert "14 masks (objects 5) in out/masks\n" in result.stdout
+    assert "overlay video out/overlay.mp4\n" in result.stdout
+    assert "contact sheet out/contact_sheet.png\n" in result.stdout
+    assert re.search(r"14 frames segmented now, \d+\.\d\d frames/s", result.stdout)
+    assert "14/14" in result.stderr
+    for number in range(FRAMES):
+        labels = np.asarray(Image.open(f"out/masks/{number:05d}.png"))
+        assert set(np.unique(labels)) <= {0, 5}
+        assert region_similarity(labels == 5, truth(number) == 5) > 0.7, number
+    assert open_frames("out/overlay.mp4").length == FRAMES
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        "contact_sheet.png",
+        "masks",
+        "overlay.mp4",
+        "run.json",
+    ]
+
+
+def test_options_reach_the_segmenter(folder, monkeypatch):
+    made = []
+    original = LabelPropagator.__init__
+
+    def note(self, settings=None):
+        made.append(settings)
+        original(self, settings)
+
+    monkeypatch.setattr(LabelPropagator, "__init__", note)
+    memory = [
+        "--memory-frames",
+        2,
+        "--memory-every",
+        3,
+        "--memory-bytes",
+        "2MB",
+        "--memory-dtype",
+        "bfloat16",
+    ]
+    run(
+        "clip", "--mask", "mask.png", "--out", "out", "--top-k", 4, *memory, "--max-size", 128, "--no-overlay"
+    )
+    settings = made[-1]
+    assert (settings.memory_frames, settings.memory_every, settings.memory_bytes) == (2, 3, 2_000_000)
+    assert (settings.memory_dtype, settings.top_k, settings.features) == (torch.bfloat16, 4, "builtin")
+    assert sorted(p.name for p in Path("out").iterdir()) == ["masks", "run.json"]
+    assert Image.open("out/masks/00013.png").size == SIZE[::-1]
+
+
+def test_failure_exits_with_1_and_resume_gives_the_same_files(folder):
+    arguments = ("clip", "--mask", "mask.png")
+    run(*arguments, "--out", "whole")
+    good = Path("clip/00008.png").read_bytes()
+    Path("clip/00008.png").write_bytes(good[:100])
+    message = r"frame 00008 \(clip/00008\.png\): cannot be read .*8 masks are in out/masks; resume \(--resume"
+    fails(message, *arguments, "--out", "out", code=1)
+    Path("clip/00008.png").write_bytes(good)
+    fails(r"out is not empty: resume=True \(--resume on the command line\)", *arguments, "--out", "out")
+    changed = r"cannot resume in out: it was begun with top_k=10 \(now 3\)\. Repeat what"
+    fails(changed, *arguments, "--out", "out", "--resume", "--top-k", 3)
+    result = run(*arguments, "--out", "out", "--resume")
+    assert "6 frames segmented now" in result.stdout
+    for file in sorted(Path("whole").rglob("*.*")):
+        assert (Path("out") / file.relative_to("whole")).read_bytes() == file.read_bytes(), file
+    assert "nothing was left to segment" in run(*arguments, "--out", "out", "--resume").stdout
+
+
+def test_interrupt_exits_with_1_and_says_how_to_go_on(folder, monkeypatch):
+    step = LabelPropagator.step
+
+    def interrupt(self, frame):
+        if self._index == 4:
+            raise KeyboardInterrupt
+        return step(self, frame)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelPropagator, "step", interrupt)
+        message = "interrupted; --resume goes on with the run in out"
+        fails(message, "clip", "--mask", "mask.png", "--out", "out", code=1)
+    run("clip", "--mask", "mask.png", "--out", "out", "--resume")
+
+
+def test_input_and_mask_errors(folder):
+    arguments = ("--mask", "mask.png", "--out", "out")
+    fails(r"nowhere: no such folder or video file", "nowhere", *arguments)
+    fails(r"mask\.png: is a single image", "mask.png", *arguments)
+    Path("empty").mkdir()
+    fails(r"empty: holds no .* frames; found nothing", "empty", *arguments)
+    Path("clip/00005.png").rename("moved.png")
+    fails(r"frame 00005 \(clip\): is missing", "clip", *arguments)
+    Path("moved.png").rename("clip/00005.png")
+    fails(r"no\.png: no such mask", "clip", "--mask", "no.png", "--out", "out")
+    write_mask("small.png", truth(0)[:40])
+    fails(r"small\.png: the mask is 192x40, the frame 192x120", "clip", "--mask", "small.png", "--out", "out")
+    write_mask("none.png", truth(0) * 0)
+    fails(r"none\.png: is empty", "clip", "--mask", "none.png", "--out", "out")
+    Image.fromarray(davis_palette()[truth(0)]).save("colour.png")
+    fails(r"colour\.png: is a RGB image with 2 colours", "clip", "--mask", "colour.png", "--out", "out")
+    assert not Path("out").exists()
+
+
+def test_option_errors(folder):
+    arguments = ("clip", "--mask", "mask.png", "--out", "out")
+    fails(
+        r"--memory-bytes must be a size such as 512MB or 2GiB, got 'much'",
+        *arguments,
+        "--memory-bytes",
+        "much",
+    )
+    fails(r"memory_frames must be at least 1, got 0", *arguments, "--memory-frames", 0)
+    fails(r"top_k must be at least 1, got -2", *arguments, "--top-k", -2)
+    fails(r"max_size must be at least 16 pixels, got 4", *arguments, "--max-size", 4)
+    fails(r"nonsense", *arguments, "--features", "nonsense")
+    fails(r"no\.pth", *arguments, "--features", "torchvision:resnet18", "--feature-weights", "no.pth")
+    Path("file").write_text("")
+    fails(r"cannot write to the output folder file/out: Not a directory", *arguments[:-1], "file/out")
+    assert "float64" in run(*arguments, "--memory-dtype", "float64", code=2).output
+    assert "--mask" in run("clip", "--out", "out", code=2).output
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("512MB", 512_000_000), ("2 GiB", 2 << 30), ("1.5kb", 1500), ("300k", 300_000), ("4096", 4096)],
+)
+def test_sizes(text, expected):
+    assert _parse_bytes(text) == expected
+
+
+@pytest.mark.skipif(not (DATA / "JPEGImages").is_dir(), reason="needs real clips: VOSOPS_DATA")
+def test_real_clip_with_three_objects(tmp_path):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for number in range(4):
+        (clip / f"{number:05d}.jpg").symlink_to(
+            (DATA / f"JPEGImages/480p/soapbox/{number:05d}.jpg").resolve()
+        )
+    mask = DATA / "Annotations_2017_first/480p/soapbox/00000.png"
+    result = run(clip, "--mask", mask, "--out", tmp_path / "out", "--max-size", 320)
+    assert "4 masks (objects 1, 2, 3)" in result.stdout
+    last = np.asarray(Image.open(tmp_path / "out" / "masks" / "00003.png"))
+    expected = np.asarray(Image.open(DATA / "Annotations/480p/soapbox/00003.png"))
+    assert region_similarity(last > 0, expected > 0) > 0.5

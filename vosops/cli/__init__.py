@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `vosops` command: one small file per subcommand."""
+
+import typer
+
+from .bench import bench
+from .demo import demo
+from .doctor import doctor
+from .eval import evaluate
+from .segment import segment
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app.command()(doctor)
+app.command()(demo)
+app.command()(segment)
+app.command("eval")(evaluate)
+app.command()(bench)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the scores' operands, in plain torch on what the forward kept.
+
+Top-k touches only the Q k kept pairs. Dense recomputes the weights from the log-sum-exp for a few
+hundred queries at a time, so that Q x M is never whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .problem import Scores
+
+_CHUNK_ELEMENTS = 1 << 22  # weights held at a time by the dense gradient
+
+
+def _scores(
+    query_key: Tensor,
+    memory_key: Tensor,
+    shrinkage: Tensor | None,
+    selection: Tensor | None,
+    memory_mask: Tensor | None,
+    centers: Tensor | None,
+    precision: Tensor | None,
+    l2: bool,
+    scale: float,
+) -> Scores:
+    similarity = "l2" if l2 else "dot"
+    return Scores(
+        query_key, memory_key, shrinkage, selection, memory_mask, similarity, scale, centers, precision
+    )
+
+
+def match(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """Gradients to query key, memory key, shrinkage and selection (empty where absent), float32."""
+    *scores, grad_weights, indices, weights = arguments
+    p = _scores(*scores)
+    kept = indices >= 0
+    rows = indices.clamp(min=0)
+    grad = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * p.scale  # [B, Q, k]
+    grad = grad.masked_fill(~kept, 0)
+    q = p.query_key.flatten(2).float().mT  # [B, Q, Ck]
+    keys = p.memory_key.flatten(2).mT  # [B, M, Ck]
+    batch, memory, channels = keys.shape
+    entry = torch.arange(batch, device=keys.device)[:, None, None]
+    k = keys[entry, rows].float()  # [B, Q, k, Ck]
+
+    def scatter(pairs: Tensor) -> Tensor:  # [B, Q, k, C] -> [B, C, M]
+        total = pairs.new_zeros(batch * memory, pairs.shape[-1])
+        flat = (rows + entry * memory).flatten()
+        return total.index_add_(0, flat, pairs.flatten(0, 2)).view(batch, memory, -1).mT.contiguous()
+
+    r = None if p.shrinkage is None else p.shrinkage.flatten(1).float()[entry, rows]  # [B, Q, k]
+    weighted = grad if r is None else grad * r
+    empty = grad.new_empty(batch, 1, 0)
+    grad_r, grad_e = empty, grad.new_empty(batch, channels, 0)
+    if p.selection is not None:  # s = -r sum_c e (k - q)^2
+        e = p.selection.flatten(2).float().mT[:, :, None]  # [B, Q, 1, Ck]
+        offset = k - q[:, :, None]
+        pull = weighted[..., None] * offset
+        grad_q, grad_k = 2 * (e * pull).sum(2), -2 * e * pull
+        grad_e = -(pull * offset).sum(2).mT.contiguous()
+        similarity = -(e * offset.square()).sum(-1)
+    elif p.similarity == "l2":  # s = r (2 <q, k> - |k|^2)
+        grad_q = 2 * torch.einsum("bqk,bqkc->bqc", weighted, k)
+        grad_k = 2 * weighted[..., None] * (q[:, :, None] - k)
+        similarity = 2 * torch.einsum("bqc,bqkc->bqk", q, k) - k.square().sum(-1) if r is not None else empty
+    else:
+        grad_q = torch.einsum("bqk,bqkc->bqc", weighted, k)
+        grad_k = weighted[..., None] * q[:, :, None]
+        similarity = empty
+    if r is not None:
+        grad_r = scatter((grad * similarity)[..., None])
+    return grad_q.mT.contiguous(), scatter(grad_k), grad_r, grad_e
+
+
+def dense(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """Gradients to query key, memory key, shrinkage, selection (empty where absent) and values, float32."""
+    *scores, memory_value, grad_read, grad_lse, read, lse = arguments
+    p = _scores(*scores)
+    q, k = p.query_key.flatten(2).float(), p.memory_key.flatten(2).float()  # [B, Ck, Q], [B, Ck, M]
+    value = memory_value.flatten(3).flatten(1, 2).float()  # [B, O*Cv, M]
+    if p.memory_mask is not None:
+        hidden = ~p.memory_mask.flatten(1)[:, None]
+        k, value = k.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+    r = None if p.shrinkage is None else p.shrinkage.flatten(2).float()
+    e = None if p.selection is None else p.selection.flatten(2).float()
+    go = grad_read.flatten(1, 2)  # [B, O*Cv, Q]
+    delta = (go * read.flatten(1, 2)).sum(1) - grad_lse  # [B, Q]
+    grad_q, grad_k, grad_value = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(value)
+    grad_r = torch.zeros_like(r) if r is not None else k.new_empty(k.shape[0], 1, 0)
+    grad_e = torch.zeros_like(e) if e is not None else k.new_empty(*k.shape[:2], 0)
+    cells = p.cells(q) if p.centers is not None else None
+    bare = replace(p, shrinkage=None, scale=1.0, centers=None, precision=None, memory_mask=None)
+    step = max(1, _CHUNK_ELEMENTS // k.shape[-1])
+    for start in range(0, q.shape[-1], step):
+        at = slice(start, start + step)
+        part = replace(bare, query_key=q[..., at], memory_key=k, selection=None if e is None else e[..., at])
+        similarity = reference.scores(part)  # [B, Q', M]
+        s = similarity * p.scale if r is None else similarity * (r * p.scale)
+        if cells is not None and p.centers is not None and p.precision is not None:
+            distance = (cells[None, at, None] - p.centers[:, None]).square().sum(-1)
+            s = s - distance * p.precision[:, None]
+        if p.memory_mask is not None:
+            s = s.masked_fill(hidden, -torch.inf)
+        weights = (s - lse[:, at, None]).exp()
+        grad_value += go[..., at] @ weights
+        grad = weights * (go[..., at].mT @ value - delta[:, at, None]) * p.scale  # of similarity * r
+        if r is not None:
+            grad_r += (grad * similarity).sum(1, keepdim=True)
+            grad = grad * r
+        if e is not None:  # -sum e (k - q)^2
+            mass = grad.sum(-1)[:, None]  # [B, 1, Q']
+            first, second = k @ grad.mT, k.square() @ grad.mT  # [B, Ck, Q']
+            grad_q[..., at] = 2 * e[..., at] * (first - q[..., at] * mass)
+            grad_e[..., at] = 2 * q[..., at] * first - second - q[..., at].square() * mass
+            grad_k += 2 * ((e[..., at] * q[..., at]) @ grad - k * (e[..., at] @ grad))
+        elif p.similarity == "l2":
+            grad_q[..., at] = 2 * k @ grad.mT
+            grad_k += 2 * (q[..., at] @ grad - k * grad.sum(1, keepdim=True))
+        else:
+            grad_q[..., at] = k @ grad.mT
+            grad_k += q[..., at] @ grad
+    if p.memory_mask is not None:
+        grad_k, grad_value = grad_k.masked_fill(hidden, 0), grad_value.masked_fill(hidden, 0)
+    return grad_q, grad_k, grad_r, grad_e, grad_value.unflatten(1, memory_value.shape[1:3])
