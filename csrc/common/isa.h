@@ -3,7 +3,7 @@
 #pragma once
 #include <vector>
 
-#include "../memory_read/problem.h"
+#include "kernels.h"
 
 namespace vosops {
 
@@ -18,4 +18,5 @@ const Kernels& kernels();
 // For module.cpp, which is a library of its own. Returns false for a name this CPU cannot run.
 extern "C" __attribute__((visibility("default"))) bool vosops_set_cpu_isa(const char* name);
 extern "C" __attribute__((visibility("default"))) const char* vosops_cpu_isa();
-extern "C" __attribute__((visibility("default"))) const char* vosops_usable_isa(int index);  // null past the last
+extern "C" __attribute__((visibility("default"))) const char* vosops_usable_isa(
+    int index);  // null past the last

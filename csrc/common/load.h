@@ -135,22 +135,59 @@ inline void transpose(const float* src, int64_t src_stride, int rows, int cols, 
     for (int c = 0; c < cols; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
 }
 
-// Copies a block of [channel][position] to floats: dst[c * dst_stride + p].
-// `where` are the position offsets; `scratch` holds kCols floats a channel.
+template <DType T>
+inline Vec load_as(const void* data, int64_t at) {
+  if constexpr (T == DType::kFloat) {
+    return load(static_cast<const float*>(data) + at);
+  } else if constexpr (T == DType::kBFloat16) {
+    typedef uint16_t Bits __attribute__((vector_size(2 * kLanes)));
+    typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
+    Bits bits;
+    std::memcpy(&bits, static_cast<const uint16_t*>(data) + at, sizeof bits);
+    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
+    Vec v;
+    std::memcpy(&v, &wide, sizeof v);
+    return v;
+  } else {
+    const uint16_t* bits = static_cast<const uint16_t*>(data) + at;
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+#else
+    Vec v;
+    for (int l = 0; l < kLanes; ++l) v[l] = Loader<T>::at(bits, l);
+    return v;
+#endif
+  }
+}
+
+template <DType T>
+inline void copy_run(const void* data, int64_t at, int count, float* dst) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(dst + i, load_as<T>(data, at + i));
+  for (; i < count; ++i) dst[i] = Loader<T>::at(data, at + i);
+}
+
+constexpr int kMaxRun = 128;  // positions loaded at a time
+constexpr int kStrip = 16;    // channels transposed at a time
+
+// Copies a block of [channel][position] to floats: dst[c * dst_stride + p]. `where` are the position
+// offsets of count <= kMaxRun positions.
 inline void load_channel_major(const Operand& x, const void* base, int channels, const int64_t* where,
                                int count, bool consecutive, float* dst, int64_t dst_stride) {
-  if (x.dtype == DType::kFloat && x.channel_stride == 1 && count >= kLanes) {
-    const float* data = static_cast<const float*>(base);
-    bool even = true;  // positions a fixed distance apart can be transposed in blocks
-    const int64_t step = where[1] - where[0];
-    for (int p = 2; p < count; ++p) even &= where[p] - where[p - 1] == step;
-    if (even) return transpose(data + where[0], step, count, channels, dst, dst_stride);
-  }
   with_loader(x.dtype, [&](auto loader) {
+    constexpr DType kType = decltype(loader)::kType;
     if (consecutive) {
       for (int c = 0; c < channels; ++c)
-        for (int p = 0; p < count; ++p)
-          dst[c * dst_stride + p] = loader.at(base, c * x.channel_stride + where[0] + p);
+        copy_run<kType>(base, c * x.channel_stride + where[0], count, dst + c * dst_stride);
+    } else if (x.channel_stride == 1) {
+      float strip[kMaxRun * kStrip];
+      for (int c = 0; c < channels; c += kStrip) {
+        const int width = channels - c < kStrip ? channels - c : kStrip;
+        for (int p = 0; p < count; ++p) copy_run<kType>(base, where[p] + c, width, strip + p * kStrip);
+        transpose(strip, kStrip, count, width, dst + c * dst_stride, dst_stride);
+      }
     } else {
       for (int p = 0; p < count; ++p)
         for (int c = 0; c < channels; ++c)
@@ -162,13 +199,18 @@ inline void load_channel_major(const Operand& x, const void* base, int channels,
 // Copies a block of [position][channel] to floats: dst[p * dst_stride + c].
 inline void load_position_major(const Operand& x, const void* base, int channels, const int64_t* where,
                                 int count, bool consecutive, float* dst, int64_t dst_stride) {
-  if (x.dtype == DType::kFloat && consecutive && x.channel_stride != 1)
-    return transpose(static_cast<const float*>(base) + where[0], x.channel_stride, channels, count, dst,
-                     dst_stride);
   with_loader(x.dtype, [&](auto loader) {
+    constexpr DType kType = decltype(loader)::kType;
     if (x.channel_stride == 1) {
-      for (int p = 0; p < count; ++p)
-        for (int c = 0; c < channels; ++c) dst[p * dst_stride + c] = loader.at(base, where[p] + c);
+      for (int p = 0; p < count; ++p) copy_run<kType>(base, where[p], channels, dst + p * dst_stride);
+    } else if (consecutive) {
+      float strip[kStrip * kMaxRun];
+      for (int c = 0; c < channels; c += kStrip) {
+        const int width = channels - c < kStrip ? channels - c : kStrip;
+        for (int i = 0; i < width; ++i)
+          copy_run<kType>(base, (c + i) * x.channel_stride + where[0], count, strip + i * kMaxRun);
+        transpose(strip, kMaxRun, width, count, dst + c, dst_stride);
+      }
     } else {
       for (int c = 0; c < channels; ++c)
         for (int p = 0; p < count; ++p)

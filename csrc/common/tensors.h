@@ -38,7 +38,8 @@ inline Positions positions_of(const Tensor& x, int64_t first) {
       out.stride[out.dims - 1] = strides[d];
       continue;
     }
-    STD_TORCH_CHECK(out.dims < Positions::kMaxDims, "more than ", int(Positions::kMaxDims), " separate dimensions");
+    STD_TORCH_CHECK(out.dims < Positions::kMaxDims, "more than ", int(Positions::kMaxDims),
+                    " separate dimensions");
     out.size[out.dims] = sizes[d];
     out.stride[out.dims++] = strides[d];
   }

@@ -31,7 +31,7 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec set1(float x) { return x - Vec{}; }  // minus 0 folds away, plus 0 would not
+inline Vec set1(float x) { return x - Vec{}; }           // minus 0 folds away, plus 0 would not
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
 inline Vec iota() {
@@ -110,15 +110,28 @@ inline Vec exp(Vec x) {
   return x < low ? Vec{} : result;
 }
 
-#if defined(__AVX512BF16__)
-// acc + a * b over pairs of bfloat16 packed into each 32-bit lane.
-inline Vec dot_pairs(Vec acc, Vec a, Vec b) {
-  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+// Natural logarithm to 2 ulp for positive normal numbers; NaN for NaN.
+inline Vec log(Vec x) {
+  VecI bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
+  const VecI shifted = bits - 0x3f3504f3;
+  const VecI exponent = shifted >> 23;
+  const VecI mantissa = (shifted & 0x007fffff) + 0x3f3504f3;
+  Vec m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  const Vec e = __builtin_convertvector(exponent, Vec), f = m - 1.f, z = f * f;
+  Vec p = set1(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec result = f + (p * f * z - 0.5f * z + e * -2.12194440e-4f) + e * 0.693359375f;
+  return x == x ? result : x;
 }
-constexpr bool kPairs = true;
-#else
-inline Vec dot_pairs(Vec acc, Vec, Vec) { return acc; }
-constexpr bool kPairs = false;
-#endif
 
 }  // namespace vosops::VOSOPS_ISA

@@ -20,7 +20,9 @@ constexpr int64_t kCacheBytes = 512 * 1024;  // of one core's L2, for what a tas
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a kernel fills completely.
-std::unique_ptr<float[]> uninitialised(int64_t count) { return std::unique_ptr<float[]>(new float[std::max<int64_t>(count, 1)]); }
+std::unique_ptr<float[]> uninitialised(int64_t count) {
+  return std::unique_ptr<float[]>(new float[std::max<int64_t>(count, 1)]);
+}
 
 struct Call {
   const Kernels& k = kernels();
@@ -60,7 +62,8 @@ struct Call {
   // Ranges of `count` for every thread, but no longer than `longest`, in multiples of `unit`.
   int64_t chunk(int64_t count, int64_t longest, int64_t unit) const {
     const int64_t threads = std::max<int64_t>(1, get_num_threads());
-    const int64_t parts = std::max(ceil_div(count, std::max(longest, unit)), ceil_div(threads, std::max<int64_t>(1, p.batch)));
+    const int64_t parts =
+        std::max(ceil_div(count, std::max(longest, unit)), ceil_div(threads, std::max<int64_t>(1, p.batch)));
     const int64_t rounds = ceil_div(parts * p.batch, threads) * threads / std::max<int64_t>(1, p.batch);
     return ceil_div(ceil_div(count, std::max<int64_t>(1, std::max(parts, rounds))), unit) * unit;
   }
@@ -68,7 +71,8 @@ struct Call {
 
 Call make_call(const Tensor& query_key, const Tensor& memory_key, const std::optional<Tensor>& shrinkage,
                const std::optional<Tensor>& selection, const std::optional<Tensor>& memory_mask,
-               const std::optional<Tensor>& centers, const std::optional<Tensor>& precision, bool l2, double scale) {
+               const std::optional<Tensor>& centers, const std::optional<Tensor>& precision, bool l2,
+               double scale) {
   Call call;
   Problem& p = call.p;
   p.batch = query_key.size(0);
@@ -116,9 +120,10 @@ Values values_of(const Tensor& memory_value) {
 
 std::tuple<Tensor, Tensor> memory_match(Tensor query_key, Tensor memory_key, std::optional<Tensor> shrinkage,
                                         std::optional<Tensor> selection, std::optional<Tensor> memory_mask,
-                                        std::optional<Tensor> centers, std::optional<Tensor> precision, bool l2,
-                                        double scale, int64_t top_k) {
-  Call call = make_call(query_key, memory_key, shrinkage, selection, memory_mask, centers, precision, l2, scale);
+                                        std::optional<Tensor> centers, std::optional<Tensor> precision,
+                                        bool l2, double scale, int64_t top_k) {
+  Call call =
+      make_call(query_key, memory_key, shrinkage, selection, memory_mask, centers, precision, l2, scale);
   const Problem& p = call.p;
   const int k = int(std::min(top_k, p.memory));
   const Tensor indices = make(query_key, {p.batch, p.queries, k}, ScalarType::Long);
@@ -132,7 +137,8 @@ std::tuple<Tensor, Tensor> memory_match(Tensor query_key, Tensor memory_key, std
   const int64_t blocks = call.chunk(packed.blocks, longest, 1);
   const int64_t block_ranges = ceil_div(packed.blocks, blocks), threads = get_num_threads();
   int64_t splits = 1;
-  if (blocks <= 4) splits = std::clamp<int64_t>(threads / (p.batch * block_ranges), 1, ceil_div(p.memory, 2048));
+  if (blocks <= 4)
+    splits = std::clamp<int64_t>(threads / (p.batch * block_ranges), 1, ceil_div(p.memory, 2048));
   const int64_t split = ceil_div(ceil_div(p.memory, splits), 64) * 64;
   splits = ceil_div(p.memory, split);
   const int64_t split_stride = p.batch * p.queries * k;
@@ -151,15 +157,19 @@ std::tuple<Tensor, Tensor> memory_match(Tensor query_key, Tensor memory_key, std
   return {indices, weights};
 }
 
-std::tuple<Tensor, Tensor> memory_read_dense(Tensor query_key, Tensor memory_key, std::optional<Tensor> shrinkage,
-                                             std::optional<Tensor> selection, std::optional<Tensor> memory_mask,
-                                             std::optional<Tensor> centers, std::optional<Tensor> precision, bool l2,
-                                             double scale, Tensor memory_value) {
-  Call call = make_call(query_key, memory_key, shrinkage, selection, memory_mask, centers, precision, l2, scale);
+std::tuple<Tensor, Tensor> memory_read_dense(Tensor query_key, Tensor memory_key,
+                                             std::optional<Tensor> shrinkage, std::optional<Tensor> selection,
+                                             std::optional<Tensor> memory_mask, std::optional<Tensor> centers,
+                                             std::optional<Tensor> precision, bool l2, double scale,
+                                             Tensor memory_value) {
+  Call call =
+      make_call(query_key, memory_key, shrinkage, selection, memory_mask, centers, precision, l2, scale);
   const Problem& p = call.p;
   const Values values = values_of(memory_value);
-  STD_TORCH_CHECK(count_of(memory_value, 3) == p.memory, "memory_value must hold one entry per memory position");
-  const Tensor read = make(query_key, {p.batch, values.objects, values.channels, p.queries}, ScalarType::Float);
+  STD_TORCH_CHECK(count_of(memory_value, 3) == p.memory,
+                  "memory_value must hold one entry per memory position");
+  const Tensor read =
+      make(query_key, {p.batch, values.objects, values.channels, p.queries}, ScalarType::Float);
   const Tensor lse = make(query_key, {p.batch, p.queries}, ScalarType::Float);
   if (p.batch * p.queries == 0) return {read, lse};
   call.pack();
@@ -173,9 +183,11 @@ std::tuple<Tensor, Tensor> memory_read_dense(Tensor query_key, Tensor memory_key
 }
 
 Tensor memory_usage(Tensor query_key, Tensor memory_key, std::optional<Tensor> shrinkage,
-                    std::optional<Tensor> selection, std::optional<Tensor> memory_mask, std::optional<Tensor> centers,
-                    std::optional<Tensor> precision, bool l2, double scale, Tensor lse) {
-  Call call = make_call(query_key, memory_key, shrinkage, selection, memory_mask, centers, precision, l2, scale);
+                    std::optional<Tensor> selection, std::optional<Tensor> memory_mask,
+                    std::optional<Tensor> centers, std::optional<Tensor> precision, bool l2, double scale,
+                    Tensor lse) {
+  Call call =
+      make_call(query_key, memory_key, shrinkage, selection, memory_mask, centers, precision, l2, scale);
   const Problem& p = call.p;
   const float* norms = floats_of(lse, "lse");
   const Tensor usage = make(query_key, {p.batch, p.memory}, ScalarType::Float);
@@ -187,8 +199,9 @@ Tensor memory_usage(Tensor query_key, Tensor memory_key, std::optional<Tensor> s
 }
 
 Tensor memory_best_query(Tensor query_key, Tensor memory_key, std::optional<Tensor> shrinkage,
-                         std::optional<Tensor> selection, std::optional<Tensor> memory_mask, bool l2, double scale,
-                         std::optional<Tensor> log_prior, std::optional<Tensor> gain, int64_t window) {
+                         std::optional<Tensor> selection, std::optional<Tensor> memory_mask, bool l2,
+                         double scale, std::optional<Tensor> log_prior, std::optional<Tensor> gain,
+                         int64_t window) {
   Call call = make_call(query_key, memory_key, shrinkage, selection, memory_mask, {}, {}, l2, scale);
   Problem& p = call.p;
   p.log_prior = floats_of(log_prior, "log_prior");
@@ -214,8 +227,8 @@ struct MatchTensors {
         batch(i.size(0)),
         queries(i.size(1)),
         k(int(i.size(2))) {
-    STD_TORCH_CHECK(i.scalar_type() == ScalarType::Long && w.scalar_type() == ScalarType::Float && i.is_contiguous() &&
-                        w.is_contiguous() && w.numel() == i.numel(),
+    STD_TORCH_CHECK(i.scalar_type() == ScalarType::Long && w.scalar_type() == ScalarType::Float &&
+                        i.is_contiguous() && w.is_contiguous() && w.numel() == i.numel(),
                     "indices and weights must be contiguous int64 and float32 of one shape");
   }
 };
@@ -231,13 +244,14 @@ Tensor memory_gather(Tensor indices, Tensor weights, Tensor memory_value) {
   const MatchTensors m(indices, weights);
   const Values values = values_of(memory_value);
   const int64_t memory = count_of(memory_value, 3), channels = values.objects * values.channels;
-  const Tensor read = make(memory_value, {m.batch, values.objects, values.channels, m.queries}, ScalarType::Float);
+  const Tensor read =
+      make(memory_value, {m.batch, values.objects, values.channels, m.queries}, ScalarType::Float);
   if (read.numel() == 0) return read;
   if (values.value.channel_stride == 1) {
     for (int64_t batch = 0; batch < m.batch; ++batch)
       parallel_for(0, ceil_div(m.queries, 16), 1, [&](int64_t b, int64_t e) {
-        k.gather_rows(values, batch, m.indices, m.weights, m.k, m.queries, b * 16, std::min(m.queries, e * 16),
-                      data_of<float>(read));
+        k.gather_rows(values, batch, m.indices, m.weights, m.k, m.queries, b * 16,
+                      std::min(m.queries, e * 16), data_of<float>(read));
       });
     return read;
   }
@@ -262,8 +276,8 @@ std::tuple<Tensor, Tensor> memory_gather_backward(Tensor grad_read, Tensor indic
   const int64_t memory = count_of(memory_value, 3), channels = values.objects * values.channels;
   const float* grad = floats_of(grad_read, "grad_read");
   const Tensor grad_weights = make(memory_value, {m.batch, m.queries, m.k}, ScalarType::Float);
-  const Tensor grad_value =
-      make(memory_value, {m.batch, values.objects, values.channels, need_value ? memory : 0}, ScalarType::Float);
+  const Tensor grad_value = make(
+      memory_value, {m.batch, values.objects, values.channels, need_value ? memory : 0}, ScalarType::Float);
   const int64_t size = m.queries * m.k;
   std::memset(grad_weights.mutable_data_ptr(), 0, sizeof(float) * m.batch * size);
   if (m.batch * channels == 0 || size == 0) {

@@ -10,14 +10,14 @@ constexpr int kTile = 128;  // memory positions whose weights are held at a time
 static_assert(kTile % kCols == 0, "a tile is made of whole panels");
 
 // Values of positions [m0, m0 + count) and channels [c0, c0 + channels) of an object as [kTile][kCols].
-inline void pack_values(const Problem& p, const Values& values, int64_t batch, int64_t object, int64_t c0, int channels,
-                        int64_t m0, int count, float* out) {
+inline void pack_values(const Problem& p, const Values& values, int64_t batch, int64_t object, int64_t c0,
+                        int channels, int64_t m0, int count, float* out) {
   int64_t where[kTile];
   const bool consecutive = offsets_of(values.value.positions, m0, count, where);
   if (channels < kCols || count < kTile) fill(out, kTile * kCols, 0.f);
   for (int i = 0; i < count; ++i) where[i] += c0 * values.value.channel_stride;
-  load_position_major(values.value, base_of(values.value, batch, object), channels, where, count, consecutive, out,
-                      kCols);
+  load_position_major(values.value, base_of(values.value, batch, object), channels, where, count, consecutive,
+                      out, kCols);
   if (!p.mask) return;
   const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + batch * p.mask.batch_stride;
   for (int i = 0; i < count; ++i)
@@ -42,23 +42,21 @@ inline float weigh(float* s, int count, float& top, float& total) {
   return factor;
 }
 
-template <bool Pairs>
-inline void dense_blocks(const Problem& p, const PackedQueries& packed, const Values& values, int64_t batch, int64_t b0,
-                         int64_t b1, float* read, float* lse) {
+inline void dense(const Problem& p, const PackedQueries& packed, const Values& values, int64_t batch,
+                  int64_t b0, int64_t b1, float* read, float* lse) {
   const int64_t rows = (b1 - b0) * kRows;
   const int64_t panels_each = (values.channels + kCols - 1) / kCols, panels = values.objects * panels_each;
   Buffer<float> acc(panels * rows * kCols, 0.f), weights(rows * kTile), block_values(kTile * kCols);
   Buffer<float> top(rows, -kInf), total(rows, 0.f);
-  const float alpha_ = alpha(p, Pairs);
-  Panel panel(p, packed);
+  Panel panel(packed);
   for (int64_t m = 0; m < p.memory; m += kTile) {
     const int count = int(least<int64_t>(kTile, p.memory - m));
     const int depth = (count + kCols - 1) / kCols * kCols;
     for (int sub = 0; sub < depth; sub += kCols) {
-      panel.pack(p, Pairs, batch, m + sub, p.memory);
+      panel.pack(p, batch, m + sub, p.memory);
       for (int64_t block = b0; block < b1; ++block) {
         Tile s;
-        score_tile<Pairs>(p, packed, batch, block, panel, alpha_, s);
+        score_tile(p, packed, batch, block, panel, s);
         float* to = &weights[(block - b0) * kRows * kTile + sub];
         for (int r = 0; r < kRows; ++r)
           for (int v = 0; v < kVecs; ++v) store(to + r * kTile + v * kLanes, s[r][v]);
@@ -104,24 +102,15 @@ inline void dense_blocks(const Problem& p, const PackedQueries& packed, const Va
   }
 }
 
-inline void dense(const Problem& p, const PackedQueries& packed, const Values& values, int64_t batch, int64_t b0,
-                  int64_t b1, float* read, float* lse) {
-  if (kPairs && packed.pairs)
-    dense_blocks<kPairs>(p, packed, values, batch, b0, b1, read, lse);
-  else
-    dense_blocks<false>(p, packed, values, batch, b0, b1, read, lse);
-}
-
-template <bool Pairs>
-inline void usage_range(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t m0, int64_t m1,
-                        const float* lse, float* usage) {
-  Panel panel(p, packed);
+inline void usage(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t m0, int64_t m1,
+                  const float* lse, float* usage) {
+  Panel panel(packed);
   for (int64_t m = m0; m < m1; m += kCols) {
-    panel.pack(p, Pairs, batch, m, m1);
+    panel.pack(p, batch, m, m1);
     Vec sum[kVecs] = {};
     for (int64_t block = 0; block < packed.blocks; ++block) {
       Tile s;
-      score_tile<Pairs>(p, packed, batch, block, panel, alpha(p, Pairs), s);
+      score_tile(p, packed, batch, block, panel, s);
       for (int r = 0; r < kRows && block * kRows + r < p.queries; ++r) {
         const float norm = lse[batch * p.queries + block * kRows + r];
         for (int v = 0; v < kVecs; ++v) sum[v] += exp(s[r][v] - norm);
@@ -133,21 +122,12 @@ inline void usage_range(const Problem& p, const PackedQueries& packed, int64_t b
   }
 }
 
-inline void usage(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t m0, int64_t m1,
-                  const float* lse, float* out) {
-  if (kPairs && packed.pairs)
-    usage_range<kPairs>(p, packed, batch, m0, m1, lse, out);
-  else
-    usage_range<false>(p, packed, batch, m0, m1, lse, out);
-}
-
-template <bool Pairs>
-inline void best_query_range(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t m0, int64_t m1,
-                             int64_t* best) {
-  Panel panel(p, packed);
+inline void best_query(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t m0, int64_t m1,
+                       int64_t* best) {
+  Panel panel(packed);
   const int64_t reach = p.window / 2, width = p.grid_width, height = p.queries / width;
   for (int64_t m = m0; m < m1; m += kCols) {
-    panel.pack(p, Pairs, batch, m, m1);
+    panel.pack(p, batch, m, m1);
     int64_t b0 = 0, b1 = packed.blocks;
     float row[kCols] = {}, column[kCols] = {};  // own cells
     if (p.window) {
@@ -167,14 +147,15 @@ inline void best_query_range(const Problem& p, const PackedQueries& packed, int6
     for (int v = 0; v < kVecs; ++v) top[v] = set1(-kInf);
     for (int64_t block = b0; block < b1; ++block) {
       Tile s;
-      score_tile<Pairs>(p, packed, batch, block, panel, alpha(p, Pairs), s);
+      score_tile(p, packed, batch, block, panel, s);
       const BlockCells cells(p, block);
       for (int r = 0; r < kRows && block * kRows + r < p.queries; ++r) {
         const VecI index = VecI{} + int32_t(block * kRows + r);
         for (int v = 0; v < kVecs; ++v) {
           VecI better = s[r][v] > top[v];
           if (p.window) {
-            const Vec dy = load(row + v * kLanes) - cells.row[r], dx = load(column + v * kLanes) - cells.column[r];
+            const Vec dy = load(row + v * kLanes) - cells.row[r],
+                      dx = load(column + v * kLanes) - cells.column[r];
             const float far = float(reach);
             better = better & (dy <= far) & (dy >= -far) & (dx <= far) & (dx >= -far);
           }
@@ -185,14 +166,6 @@ inline void best_query_range(const Problem& p, const PackedQueries& packed, int6
     }
     for (int j = 0; j < panel.count; ++j) best[batch * p.memory + m + j] = at[j / kLanes][j % kLanes];
   }
-}
-
-inline void best_query(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t m0, int64_t m1,
-                       int64_t* best) {
-  if (kPairs && packed.pairs)
-    best_query_range<kPairs>(p, packed, batch, m0, m1, best);
-  else
-    best_query_range<false>(p, packed, batch, m0, m1, best);
 }
 
 }  // namespace vosops::VOSOPS_ISA

@@ -8,35 +8,8 @@
 
 namespace vosops::VOSOPS_ISA {
 
-constexpr int kQueryBlock = 16;                        // queries transposed together
-constexpr int kSpan = kLanes == 4 ? 8 : kLanes;        // vectors of a row accumulated in registers
-
-template <DType T>
-inline Vec load_as(const void* data, int64_t at) {
-  if constexpr (T == DType::kFloat) {
-    return load(static_cast<const float*>(data) + at);
-  } else if constexpr (T == DType::kBFloat16) {
-    typedef uint16_t Bits __attribute__((vector_size(2 * kLanes)));
-    typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
-    Bits bits;
-    std::memcpy(&bits, static_cast<const uint16_t*>(data) + at, sizeof bits);
-    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
-    Vec v;
-    std::memcpy(&v, &wide, sizeof v);
-    return v;
-  } else {
-    const uint16_t* bits = static_cast<const uint16_t*>(data) + at;
-#if defined(__AVX512F__)
-    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
-#elif defined(__AVX2__)
-    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
-#else
-    Vec v;
-    for (int l = 0; l < kLanes; ++l) v[l] = Loader<T>::at(bits, l);
-    return v;
-#endif
-  }
-}
+constexpr int kQueryBlock = 16;                  // queries transposed together
+constexpr int kSpan = kLanes == 4 ? 8 : kLanes;  // vectors of a row accumulated in registers
 
 // One query's read of channels [0, channels) from rows that start at `where`; Width vectors at a time.
 template <DType T, int Width>
@@ -57,8 +30,8 @@ inline int kept_of(const int64_t* indices, int k) {
   return kept;
 }
 
-inline void gather_rows(const Values& values, int64_t batch, const int64_t* indices, const float* weights, int k,
-                        int64_t queries, int64_t q0, int64_t q1, float* read) {
+inline void gather_rows(const Values& values, int64_t batch, const int64_t* indices, const float* weights,
+                        int k, int64_t queries, int64_t q0, int64_t q1, float* read) {
   const int64_t channels = values.channels;
   Buffer<float> rows(kQueryBlock * channels);
   Buffer<int64_t> where(int64_t(kQueryBlock) * k);
@@ -115,7 +88,8 @@ inline void load_channel_block(const Values& values, int64_t batch, int64_t memo
 }
 
 inline void gather_channels(const Values& values, int64_t batch, int64_t memory, const int64_t* indices,
-                            const float* weights, int k, int64_t queries, int64_t c0, int64_t c1, float* read) {
+                            const float* weights, int k, int64_t queries, int64_t c0, int64_t c1,
+                            float* read) {
   constexpr int kBlockVecs = kChannelBlock / kLanes;
   Buffer<float> block(memory * kChannelBlock);
   float rows[kQueryBlock * kChannelBlock];
@@ -129,7 +103,8 @@ inline void gather_channels(const Values& values, int64_t batch, int64_t memory,
         const float* w = weights + (batch * queries + q + i) * k;
         Vec sum[kBlockVecs] = {};
         for (int j = 0; j < k && at[j] >= 0; ++j)
-          for (int v = 0; v < kBlockVecs; ++v) sum[v] += w[j] * load(&block[at[j] * kChannelBlock + v * kLanes]);
+          for (int v = 0; v < kBlockVecs; ++v)
+            sum[v] += w[j] * load(&block[at[j] * kChannelBlock + v * kLanes]);
         for (int v = 0; v < kBlockVecs; ++v) store(rows + i * kChannelBlock + v * kLanes, sum[v]);
       }
       transpose(rows, kChannelBlock, count, channels,
@@ -167,7 +142,8 @@ inline void gather_backward(const Values& values, int64_t batch, int64_t memory,
         for (int v = 0; v < kBlockVecs; ++v) store(to + v * kLanes, load(to + v * kLanes) + w[j] * g[v]);
       }
     }
-    if (grad_value) transpose(grad.data(), kChannelBlock, int(memory), channels, grad_value + channel * memory, memory);
+    if (grad_value)
+      transpose(grad.data(), kChannelBlock, int(memory), channels, grad_value + channel * memory, memory);
   }
 }
 

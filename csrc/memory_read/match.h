@@ -36,7 +36,8 @@ inline float kth_largest(float* x, int n, int k) {
 
 // Keeps the k best of n entries in order of index, the lowest index first among equals; returns how many
 // are left and tightens `threshold`. NaN entries are dropped and reported in `poisoned`.
-inline int shrink(float* scores, int32_t* indices, int n, int k, float* work, float& threshold, bool& poisoned) {
+inline int shrink(float* scores, int32_t* indices, int n, int k, float* work, float& threshold,
+                  bool& poisoned) {
   int kept = 0;
   for (int i = 0; i < n; ++i) {
     if (scores[i] != scores[i]) {
@@ -63,15 +64,13 @@ inline int shrink(float* scores, int32_t* indices, int n, int k, float* work, fl
   return out;
 }
 
-template <bool Pairs>
-inline void match_blocks(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1,
-                         int64_t m0, int64_t m1, int k, float* out_scores, int32_t* out_indices) {
+inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1,
+                  int64_t m0, int64_t m1, int k, float* out_scores, int32_t* out_indices) {
   const int64_t rows = (b1 - b0) * kRows;
   const int capacity = most(3 * k, 64) + kCols + kLanes;
   Buffer<float> scores(rows * capacity), work(capacity), threshold(rows, -kInf);
   Buffer<int32_t> indices(rows * capacity), used(rows, 0);
   Buffer<uint8_t> poisoned(rows, 0);
-  const float alpha_ = alpha(p, Pairs);
   const auto cut = [&](int64_t row) {
     bool nan = poisoned[row];
     used[row] = shrink(&scores[row * capacity], &indices[row * capacity], used[row], k, work.data(),
@@ -79,10 +78,10 @@ inline void match_blocks(const Problem& p, const PackedQueries& packed, int64_t 
     poisoned[row] = nan;
   };
 
-  Panel panel(p, packed);
+  Panel panel(packed);
   for (int64_t m = m0; m < m1; m += kCols) {
-    panel.pack(p, Pairs, batch, m, m1);
-    const PanelBound bound = p.precision ? PanelBound(panel, packed, p) : PanelBound();
+    panel.pack(p, batch, m, m1);
+    const PanelBound bound = p.precision ? PanelBound(panel, packed) : PanelBound();
     for (int64_t block = b0; block < b1; ++block) {
       const int64_t first_row = (block - b0) * kRows;
       if (p.precision) {
@@ -90,10 +89,10 @@ inline void match_blocks(const Problem& p, const PackedQueries& packed, int64_t 
         const int64_t real = least<int64_t>(kRows, p.queries - block * kRows);
         for (int r = 1; r < real; ++r) lowest = least(lowest, threshold[first_row + r]);
         const float norm = packed.norms[batch * packed.blocks + block];
-        if (bound.below(lowest, BlockCells(p, block), norm, alpha_)) continue;
+        if (bound.below(lowest, BlockCells(p, block), norm)) continue;
       }
       Tile s;
-      score_tile<Pairs>(p, packed, batch, block, panel, alpha_, s);
+      score_tile(p, packed, batch, block, panel, s);
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = first_row + r;
         const Vec bar = set1(threshold[row]);
@@ -121,17 +120,9 @@ inline void match_blocks(const Problem& p, const PackedQueries& packed, int64_t 
   }
 }
 
-inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1, int64_t m0,
-                  int64_t m1, int k, float* scores, int32_t* indices) {
-  if (kPairs && packed.pairs)
-    match_blocks<kPairs>(p, packed, batch, b0, b1, m0, m1, k, scores, indices);
-  else
-    match_blocks<false>(p, packed, batch, b0, b1, m0, m1, k, scores, indices);
-}
-
 // Candidates of split s of query q: scores[s * split_stride + q * k ...]. Best first, then softmax.
-inline void finish(const float* scores, const int32_t* indices, int64_t splits, int64_t split_stride, int64_t q0,
-                   int64_t q1, int k, int64_t* out_indices, float* out_weights) {
+inline void finish(const float* scores, const int32_t* indices, int64_t splits, int64_t split_stride,
+                   int64_t q0, int64_t q1, int k, int64_t* out_indices, float* out_weights) {
   Buffer<float> s(splits * k), work(splits * k);
   Buffer<int32_t> at(splits * k);
   for (int64_t q = q0; q < q1; ++q) {

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The score as one product: both sides of s_ij = <a_i, b_j> * alpha + bias_j, packed for the register
+// The score as one product: both sides of s_ij = <a_i, b_j> + bias_j, packed for the register
 // tile. q, k, e, r: query key, memory key, selection, shrinkage.
 //
 //   dot                  a = scale q            b = k
 //   l2                   a = 2 scale q          b = r k              bias = -scale r |k|^2
 //   l2 with selection    a = scale (2 e q, -e, -sum e q^2)   b = (r k, r k^2, r)
 //   with log_prior       one more channel:  a = log_prior, b = gain
-//
-// bfloat16 keys on both sides stay as they are (a = q, b = k, alpha = scale or 2 scale): their products
-// are exact, and the hardware multiplies two at a time.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -22,18 +19,15 @@ namespace vosops::VOSOPS_ISA {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 inline void layout(const Problem& p, PackedQueries& packed) {
-  const bool plain = !p.selection && !p.shrinkage && !p.gain;
-  packed.pairs = kPairs && plain && p.query.dtype == DType::kBFloat16 && p.key.dtype == DType::kBFloat16;
-  packed.depth = packed.pairs ? (p.channels + 1) / 2 : p.channels;
+  packed.depth = p.channels;
   if (p.selection) packed.depth = 2 * p.channels + 1;
   if (p.gain) packed.depth += 1;
   packed.blocks = (p.queries + kRows - 1) / kRows;
 }
 
-inline float alpha(const Problem& p, bool pairs) { return pairs ? (p.l2 ? 2 * p.scale : p.scale) : 1.f; }
-
 // Query blocks [first, last) of one batch entry. Rows past the last query are 0.
-inline void pack_queries(const Problem& p, PackedQueries& packed, int64_t batch, int64_t first, int64_t last) {
+inline void pack_queries(const Problem& p, PackedQueries& packed, int64_t batch, int64_t first,
+                         int64_t last) {
   const int channels = p.channels, depth = packed.depth;
   const void* q_base = base_of(p.query, batch);
   const void* e_base = p.selection ? base_of(p.selection, batch) : nullptr;
@@ -44,18 +38,6 @@ inline void pack_queries(const Problem& p, PackedQueries& packed, int64_t batch,
     for (int r = 0; r < kRows && block * kRows + r < p.queries; ++r) {
       const int64_t i = block * kRows + r;
       const int64_t q_at = offset(p.query.positions, i);
-      if (packed.pairs) {
-        const uint16_t* q = static_cast<const uint16_t*>(q_base) + q_at;
-        uint16_t* pairs = reinterpret_cast<uint16_t*>(out);
-        float sum = 0;
-        for (int c = 0; c < channels; ++c) {
-          const uint16_t bits = q[c * p.query.channel_stride];
-          pairs[(int64_t(c / 2) * kRows + r) * 2 + c % 2] = bits;
-          sum += bfloat16_to_float(bits) * bfloat16_to_float(bits);
-        }
-        norm = std::fmax(norm, std::sqrt(sum));
-        continue;
-      }
       const int64_t e_at = p.selection ? offset(p.selection.positions, i) : 0;
       double rest = 0;
       for (int c = 0; c < channels; ++c) {
@@ -81,27 +63,24 @@ inline void pack_queries(const Problem& p, PackedQueries& packed, int64_t batch,
 
 // kCols memory positions packed as [depth][kCols].
 struct Panel {
-  Buffer<float> data, raw;
+  Buffer<float> data;
   float bias[kCols];
   float row[kCols], column[kCols], precision[kCols];  // centre and 1 / (2 sigma^2)
-  float norm = 0, top_bias = 0;                       // bounds over the panel
   int64_t first = 0;
   int count = 0;
 
-  explicit Panel(const Problem& p, const PackedQueries& packed)
-      : data(int64_t(packed.depth) * kCols, 0.f), raw(packed.pairs ? int64_t(p.channels) * kCols : 0) {}
+  explicit Panel(const PackedQueries& packed) : data(int64_t(packed.depth) * kCols, 0.f) {}
 
-  void pack(const Problem& p, bool pairs, int64_t batch, int64_t start, int64_t end) {
+  void pack(const Problem& p, int64_t batch, int64_t start, int64_t end) {
     first = start;
     count = int(end - start < kCols ? end - start : kCols);
     int64_t where[kCols];
     const bool consecutive = offsets_of(p.key.positions, start, count, where);
     const int channels = p.channels;
-    const bool direct = !pairs;
-    float* keys = direct ? data.data() : raw.data();
+    float* keys = data.data();
     if (count < kCols) fill(keys, int64_t(channels) * kCols, 0.f);
     load_channel_major(p.key, base_of(p.key, batch), channels, where, count, consecutive, keys, kCols);
-    if (p.mask) hide_masked(p, batch, keys, channels);
+    if (p.mask) hide_masked(p, batch, channels);
     Vec square[kVecs] = {};
     for (int c = 0; c < channels; ++c)
       for (int v = 0; v < kVecs; ++v) {
@@ -112,18 +91,14 @@ struct Panel {
     for (int j = 0; j < kCols; ++j) r[j] = 1;
     if (p.shrinkage) {
       const void* base = base_of(p.shrinkage, batch);
-      for (int j = 0; j < count; ++j) r[j] = load_one(p.shrinkage, base, offset(p.shrinkage.positions, start + j));
+      for (int j = 0; j < count; ++j)
+        r[j] = load_one(p.shrinkage, base, offset(p.shrinkage.positions, start + j));
     }
     for (int v = 0; v < kVecs; ++v) {
       const bool with_norm = p.l2 && !p.selection;
       store(bias + v * kLanes, with_norm ? -p.scale * load(r + v * kLanes) * square[v] : Vec{});
     }
-    if (pairs) {
-      uint16_t* out = reinterpret_cast<uint16_t*>(data.data());
-      for (int c = 0; c < channels; ++c)
-        for (int j = 0; j < kCols; ++j)
-          out[(int64_t(c / 2) * kCols + j) * 2 + c % 2] = float_to_bfloat16(keys[c * kCols + j]);
-    } else if (p.selection) {
+    if (p.selection) {
       for (int c = 0; c < channels; ++c)
         for (int v = 0; v < kVecs; ++v) {
           float* at = keys + c * kCols + v * kLanes;
@@ -153,10 +128,10 @@ struct Panel {
     const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + batch * p.mask.batch_stride;
     return mask[offset(p.mask.positions, first + j)] != 0;
   }
-  void hide_masked(const Problem& p, int64_t batch, float* keys, int channels) const {
+  void hide_masked(const Problem& p, int64_t batch, int channels) {
     for (int j = 0; j < count; ++j)
       if (!visible(p, batch, j))
-        for (int c = 0; c < channels; ++c) keys[c * kCols + j] = 0;
+        for (int c = 0; c < channels; ++c) data[int64_t(c) * kCols + j] = 0;
   }
   void hide_bias(const Problem& p, int64_t batch) {
     for (int j = 0; j < count; ++j)

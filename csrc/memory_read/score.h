@@ -7,16 +7,16 @@
 namespace vosops::VOSOPS_ISA {
 
 // Scores of query block `block` against `panel`, prior included.
-template <bool Pairs>
-inline __attribute__((always_inline)) void score_tile(const Problem& p, const PackedQueries& packed, int64_t batch,
-                                                      int64_t block, const Panel& panel, float alpha, Tile& s) {
+inline __attribute__((always_inline)) void score_tile(const Problem& p, const PackedQueries& packed,
+                                                      int64_t batch, int64_t block, const Panel& panel,
+                                                      Tile& s) {
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) s[r][v] = Vec{};
   const float* a = packed.data + (batch * packed.blocks + block) * int64_t(packed.depth) * kRows;
-  multiply<Pairs>(a, 1, kRows, panel.data.data(), packed.depth, s);
+  multiply(a, 1, kRows, panel.data.data(), packed.depth, s);
   for (int v = 0; v < kVecs; ++v) {
     const Vec bias = load(panel.bias + v * kLanes);
-    for (int r = 0; r < kRows; ++r) s[r][v] = s[r][v] * alpha + bias;
+    for (int r = 0; r < kRows; ++r) s[r][v] += bias;
   }
   if (p.precision) {
     const BlockCells cells(p, block);
@@ -38,17 +38,16 @@ struct PanelBound {
   float row_low = kInf, row_high = -kInf, column_low = kInf, column_high = -kInf;
 
   PanelBound() = default;
-  PanelBound(const Panel& panel, const PackedQueries& packed, const Problem& p) {
-    const int channels = packed.pairs ? p.channels : packed.depth;
-    const float* keys = packed.pairs ? panel.raw.data() : panel.data.data();
+  PanelBound(const Panel& panel, const PackedQueries& packed) {
     Vec square[kVecs] = {};
-    for (int c = 0; c < channels; ++c)
+    for (int c = 0; c < packed.depth; ++c)
       for (int v = 0; v < kVecs; ++v) {
-        const Vec k = load(keys + c * kCols + v * kLanes);
-        square[v] += k * k;
+        const Vec b = load(panel.data.data() + c * kCols + v * kLanes);
+        square[v] += b * b;
       }
     for (int v = 0; v < kVecs; ++v)
-      for (int l = 0; l < kLanes; ++l) norm = square[v][l] > norm || square[v][l] != square[v][l] ? square[v][l] : norm;
+      for (int l = 0; l < kLanes; ++l)
+        norm = square[v][l] > norm || square[v][l] != square[v][l] ? square[v][l] : norm;
     norm = std::sqrt(norm);
     for (int j = 0; j < panel.count; ++j) {
       bias = std::fmax(bias, panel.bias[j]);
@@ -61,7 +60,7 @@ struct PanelBound {
   }
 
   // Strictly below `threshold` with a margin for rounding; false if anything is NaN.
-  bool below(float threshold, const BlockCells& cells, float query_norm, float alpha) const {
+  bool below(float threshold, const BlockCells& cells, float query_norm) const {
     float y0 = cells.row[0], y1 = y0, x0 = cells.column[0], x1 = x0;
     for (int r = 1; r < kRows; ++r) {
       y0 = std::fmin(y0, cells.row[r]), y1 = std::fmax(y1, cells.row[r]);
@@ -69,7 +68,7 @@ struct PanelBound {
     }
     const float dy = std::fmax(0.f, std::fmax(row_low - y1, y0 - row_high));
     const float dx = std::fmax(0.f, std::fmax(column_low - x1, x0 - column_high));
-    const float dot = query_norm * norm * std::fabs(alpha);
+    const float dot = query_norm * norm;
     const float bound = dot + bias - precision * (dy * dy + dx * dx);
     return bound + 1e-4f * (dot + std::fabs(bias) + 1) < threshold;
   }

@@ -131,7 +131,7 @@ def test_failure_exits_with_1_and_resume_gives_the_same_files(folder):
     fails(message, *arguments, "--out", "out", code=1)
     Path("clip/00008.png").write_bytes(good)
     fails(r"out is not empty: resume=True \(--resume on the command line\)", *arguments, "--out", "out")
-    changed = r"cannot resume in out: it was begun with top_k=10 \(now 3\)\. Repeat what"
+    changed = r"cannot resume in out: it was begun with top_k=\d+ \(now 3\)\. Repeat what"
     fails(changed, *arguments, "--out", "out", "--resume", "--top-k", 3)
     result = run(*arguments, "--out", "out", "--resume")
     assert "6 frames segmented now" in result.stdout
@@ -141,10 +141,11 @@ def test_failure_exits_with_1_and_resume_gives_the_same_files(folder):
 
 
 def test_interrupt_exits_with_1_and_says_how_to_go_on(folder, monkeypatch):
-    step = LabelPropagator.step
+    step, steps = LabelPropagator.step, []
 
     def interrupt(self, frame):
-        if self._index == 4:
+        steps.append(frame)
+        if len(steps) == 4:
             raise KeyboardInterrupt
         return step(self, frame)
 

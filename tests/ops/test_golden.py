@@ -60,7 +60,7 @@ def test_stcn(case: str) -> None:
     memory_value = golden["memory_value"].permute(1, 2, 0, 3, 4)[None]  # [1, O, Cv, T, H, W]
     options = {"similarity": "l2", "top_k": golden.params["top_k"]}
     if golden.params["temp"]:  # only the newest temporary memory counts
-        frames = list(range(golden.params["T"])) + [memory_key.shape[2] - 1]
+        frames = [*range(golden.params["T"]), memory_key.shape[2] - 1]
         memory_key, memory_value = memory_key[:, :, frames], memory_value[:, :, :, frames]
     read, usage = vosops.memory_read(
         golden["query_key"], memory_key, memory_value, return_usage=True, **options

@@ -100,7 +100,9 @@ def test_narrow_prior_skips_only_what_cannot_win(sigma: float, isa: str) -> None
     rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(40.0), indexing="ij")
     own = torch.stack((rows, columns), -1).expand(1, 4, 24, 40, 2)
     options = {"prior": vosops.CenterPrior(own, sigma), "top_k": 12, "scale": 6.0}
-    assert relative_error(vosops.memory_read(**arguments, **options), read64(arguments, **options)) < TOLERANCE
+    assert (
+        relative_error(vosops.memory_read(**arguments, **options), read64(arguments, **options)) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("top_k", [None, 8])

@@ -54,7 +54,14 @@ def test_opcheck(variant: str, requires_grad: bool, dtype: torch.dtype) -> None:
         OPS.memory_best_query.default: (*scores[:5], *scores[7:], None, None, 0),
         OPS.memory_gather_backward.default: (torch.ones_like(read), indices, weights, value, True),
         OPS.memory_match_backward.default: (*scores, torch.ones_like(weights), indices, weights),
-        OPS.memory_read_dense_backward.default: (*scores, value, torch.ones_like(read), torch.ones_like(lse), read, lse),
+        OPS.memory_read_dense_backward.default: (
+            *scores,
+            value,
+            torch.ones_like(read),
+            torch.ones_like(lse),
+            read,
+            lse,
+        ),
     }
     for op, call in calls.items():
         torch.library.opcheck(op, call)
@@ -141,7 +148,9 @@ def test_autocast_keeps_the_affinity_in_float32(top_k: int | None) -> None:
     plain = vosops.memory_read(**arguments, top_k=top_k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         read = vosops.memory_read(**arguments, top_k=top_k)
-        mixed = vosops.memory_read(**{**arguments, "query_key": arguments["query_key"].bfloat16()}, top_k=top_k)
+        mixed = vosops.memory_read(
+            **{**arguments, "query_key": arguments["query_key"].bfloat16()}, top_k=top_k
+        )
         leaf = arguments["query_key"].clone().requires_grad_()
         vosops.memory_read(**{**arguments, "query_key": leaf}, top_k=top_k).sum().backward()
     assert torch.equal(read, plain)
@@ -189,16 +198,22 @@ def test_a_forced_backend_never_falls_back() -> None:
     arguments = problem("dot", dtype=torch.float64)
     with pytest.raises(vosops.BackendError, match="query_key has dtype torch.float64, it serves float32"):
         vosops.memory_read(**arguments)
-    code = "import torch, vosops; vosops.memory_read(torch.randn(1, 4, 5), torch.randn(1, 4, 6), torch.randn(1, 1, 3, 6))"
+    code = (
+        "import torch, vosops\n"
+        "vosops.memory_read(torch.randn(1, 4, 5), torch.randn(1, 4, 6), torch.randn(1, 1, 3, 6))\n"
+    )
     done = run_python(code, VOSOPS_BACKEND="cpu", VOSOPS_DISABLE_EXT="1")
     assert "backend 'cpu' was asked for but cannot serve this call: switched off" in done.stderr
-    with pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'gpu'"), vosops.use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'gpu'"),
+        vosops.use_backend("gpu"),
+    ):
         pass
 
 
 def test_import_needs_torch_only() -> None:
-    code = "import sys, vosops; print([m for m in ('triton', 'numpy', 'cv2', 'typer', 'PIL') if m in sys.modules])"
-    without = "import torch, sys; print([m for m in ('triton', 'numpy', 'cv2', 'typer', 'PIL') if m in sys.modules])"
+    listing = "print([m for m in ('triton', 'numpy', 'cv2', 'typer', 'PIL') if m in sys.modules])"
+    code, without = f"import sys, vosops; {listing}", f"import sys, torch; {listing}"
     assert run_python(code).stdout == run_python(without).stdout
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -50,10 +51,9 @@ def build_module() -> ModuleType | None:
     if _cpu_library_error:
         return None
     try:
-        from vosops import _C
+        return importlib.import_module("vosops._C")
     except ImportError:
         return None
-    return _C
 
 
 def reasons_against(backend: str, tensors: dict[str, Tensor]) -> list[str]:

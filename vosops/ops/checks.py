@@ -23,7 +23,9 @@ def check_tensor(name: str, tensor: object, *, layout: str, dtypes: Sequence[tor
 
 def check_rank(name: str, tensor: Tensor, minimum: int, layout: str) -> None:
     if tensor.dim() < minimum:
-        raise ValueError(f"{name} must have at least {minimum} dimensions {layout}, got shape {list(tensor.shape)}")
+        raise ValueError(
+            f"{name} must have at least {minimum} dimensions {layout}, got shape {list(tensor.shape)}"
+        )
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .. import backends
 from ..checks import check_rank, check_tensor
-
-_EPSILON = 1e-7
+from . import native, reference
 
 
 def soft_aggregate(probabilities: Tensor) -> Tensor:
@@ -26,9 +25,10 @@ def soft_aggregate(probabilities: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: `probabilities` is no floating-point tensor of at least two dimensions.
+        BackendError: a forced backend cannot serve the call.
 
     Note:
-        Cost: one pass; differentiable (no gradient where the clamp is active).
+        Cost: one pass over the input; differentiable (no gradient where the clamp is active).
 
     Source: STM (Oh et al., ICCV 2019), eq. 4, from Wug Oh et al., CVPR 2018.
 
@@ -37,7 +37,5 @@ def soft_aggregate(probabilities: Tensor) -> Tensor:
     """
     check_tensor("probabilities", probabilities, layout="(B, O, H, W)")
     check_rank("probabilities", probabilities, 2, "(B, O, H, W)")
-    wide = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
-    background = (1 - wide).prod(1, keepdim=True)
-    clamped = torch.cat((background, wide), 1).clamp(_EPSILON, 1 - _EPSILON)
-    return (clamped / (1 - clamped)).log().to(probabilities.dtype)
+    backend = backends.choose("soft_aggregate", {"probabilities": probabilities})
+    return (native if backend == "cpu" else reference).soft_aggregate(probabilities)

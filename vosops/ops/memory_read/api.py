@@ -153,7 +153,8 @@ def memory_match(
     implementation = _implementation("memory_match", p.tensors())
     if prior is not None:
         p = _with_prior(p, prior, implementation)
-    return Match(*implementation.match(p, kept), tuple(query_key.shape[2:]))
+    indices, weights = implementation.match(p, kept)
+    return Match(indices, weights, tuple(query_key.shape[2:]))
 
 
 def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

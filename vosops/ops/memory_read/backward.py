@@ -8,6 +8,7 @@ hundred queries at a time, so that Q x M is never whole.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 from . import reference
 from .problem import Scores
 
-_CHUNK_ELEMENTS = 1 << 22  # weights held at a time by the dense gradient
+# Weights held at a time by the dense gradient, and queries at least: each chunk adds to the whole gradient
+# of the memory, which costs more than its products when a chunk is only a few queries.
+_CHUNK_ELEMENTS, _CHUNK_QUERIES = 1 << 22, 128
 
 
 def _scores(
@@ -35,7 +38,7 @@ def _scores(
     )
 
 
-def match(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query key, memory key, shrinkage and selection (empty where absent), float32."""
     *scores, grad_weights, indices, weights = arguments
     p = _scores(*scores)
@@ -78,7 +81,7 @@ def match(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[
     return grad_q.mT.contiguous(), scatter(grad_k), grad_r, grad_e
 
 
-def dense(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def dense(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query key, memory key, shrinkage, selection (empty where absent) and values, float32."""
     *scores, memory_value, grad_read, grad_lse, read, lse = arguments
     p = _scores(*scores)
@@ -96,23 +99,25 @@ def dense(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type:
     grad_e = torch.zeros_like(e) if e is not None else k.new_empty(*k.shape[:2], 0)
     cells = p.cells(q) if p.centers is not None else None
     bare = replace(p, shrinkage=None, scale=1.0, centers=None, precision=None, memory_mask=None)
-    step = max(1, _CHUNK_ELEMENTS // k.shape[-1])
+    step = max(_CHUNK_QUERIES, _CHUNK_ELEMENTS // k.shape[-1])
     for start in range(0, q.shape[-1], step):
         at = slice(start, start + step)
         part = replace(bare, query_key=q[..., at], memory_key=k, selection=None if e is None else e[..., at])
         similarity = reference.scores(part)  # [B, Q', M]
-        s = similarity * p.scale if r is None else similarity * (r * p.scale)
+        s = similarity.mul_(p.scale) if r is None else similarity * (r * p.scale)
         if cells is not None and p.centers is not None and p.precision is not None:
-            distance = (cells[None, at, None] - p.centers[:, None]).square().sum(-1)
-            s = s - distance * p.precision[:, None]
+            distance = (cells[None, at, None] - p.centers[:, None]).square_().sum(-1)
+            s -= distance.mul_(p.precision[:, None])
         if p.memory_mask is not None:
-            s = s.masked_fill(hidden, -torch.inf)
-        weights = (s - lse[:, at, None]).exp()
-        grad_value += go[..., at] @ weights
-        grad = weights * (go[..., at].mT @ value - delta[:, at, None]) * p.scale  # of similarity * r
+            s.masked_fill_(hidden, -torch.inf)
+        weights = s.sub_(lse[:, at, None]).exp_()
+        grad_value.baddbmm_(go[..., at], weights)
+        grad = (
+            (go[..., at].mT @ value).sub_(delta[:, at, None]).mul_(weights).mul_(p.scale)
+        )  # of similarity * r
         if r is not None:
             grad_r += (grad * similarity).sum(1, keepdim=True)
-            grad = grad * r
+            grad *= r
         if e is not None:  # -sum e (k - q)^2
             mass = grad.sum(-1)[:, None]  # [B, 1, Q']
             first, second = k @ grad.mT, k.square() @ grad.mT  # [B, Ck, Q']
@@ -124,7 +129,7 @@ def dense(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type:
             grad_k += 2 * (q[..., at] @ grad - k * grad.sum(1, keepdim=True))
         else:
             grad_q[..., at] = k @ grad.mT
-            grad_k += q[..., at] @ grad
+            grad_k.baddbmm_(q[..., at], grad)
     if p.memory_mask is not None:
         grad_k, grad_value = grad_k.masked_fill(hidden, 0), grad_value.masked_fill(hidden, 0)
     return grad_q, grad_k, grad_r, grad_e, grad_value.unflatten(1, memory_value.shape[1:3])

@@ -94,11 +94,15 @@ def build_scores(
     if memory_key.shape[0] != batch:
         raise ValueError(f"memory_key must have the batch of query_key, {batch}, got {memory_key.shape[0]}")
     if memory_key.shape[1] != channels:
-        raise ValueError(f"memory_key must have the channels of query_key, Ck = {channels}, got {memory_key.shape[1]}")
+        raise ValueError(
+            f"memory_key must have the channels of query_key, Ck = {channels}, got {memory_key.shape[1]}"
+        )
     if channels == 0:
         raise ValueError("query_key must have at least one channel, got Ck = 0")
     if math.prod(memory_shape) == 0:
-        raise ValueError(f"memory_key is empty: it must hold at least one position, got shape {list(memory_key.shape)}")
+        raise ValueError(
+            f"memory_key is empty: it must hold at least one position, got shape {list(memory_key.shape)}"
+        )
     if similarity not in ("dot", "l2"):
         raise ValueError(f"similarity must be 'dot' or 'l2', got {similarity!r}")
     if similarity == "dot":
@@ -159,9 +163,13 @@ def check_match(match: Match) -> None:
 def check_prior(p: Scores, prior: Prior) -> Scores:
     """Check `prior` against the call; returns the scores with its window. The centres come later."""
     if not isinstance(prior, KernelPrior | MaskPrior | CenterPrior):
-        raise TypeError(f"prior must be a KernelPrior, MaskPrior, CenterPrior or None, got {type(prior).__name__}")
+        raise TypeError(
+            f"prior must be a KernelPrior, MaskPrior, CenterPrior or None, got {type(prior).__name__}"
+        )
     if p.query_key.dim() != 4:
-        raise ValueError(f"prior needs a query grid: query_key (B, Ck, H, W), got shape {list(p.query_key.shape)}")
+        raise ValueError(
+            f"prior needs a query grid: query_key (B, Ck, H, W), got shape {list(p.query_key.shape)}"
+        )
     sigma, batch, memory_shape = prior.sigma, p.query_key.shape[0], p.memory_key.shape[2:]
     if isinstance(sigma, Tensor):
         check_tensor("prior.sigma", sigma, layout="(B, *m)")

@@ -57,41 +57,43 @@ def _flat(tensor: Tensor, first: int) -> Any:
 
 
 @torch.library.register_fake("vosops::memory_match")
-def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, top_k):  # type: ignore[no-untyped-def]
+def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, top_k):
     kept = torch.sym_min(top_k, _flat(memory_key, 2))
     shape = (query_key.shape[0], _flat(query_key, 2), kept)
     return query_key.new_empty(shape, dtype=torch.int64), query_key.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("vosops::memory_read_dense")
-def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, value):  # type: ignore[no-untyped-def]
+def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, value):
     shape = (query_key.shape[0], _flat(query_key, 2))
     read = query_key.new_empty((shape[0], *value.shape[1:3], shape[1]), dtype=torch.float32)
     return read, query_key.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("vosops::memory_usage")
-def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, lse):  # type: ignore[no-untyped-def]
+def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, lse):
     return query_key.new_empty((query_key.shape[0], _flat(memory_key, 2)), dtype=torch.float32)
 
 
 @torch.library.register_fake("vosops::memory_best_query")
-def _(query_key, memory_key, shrinkage, selection, mask, l2, scale, log_prior, gain, window):  # type: ignore[no-untyped-def]
+def _(query_key, memory_key, shrinkage, selection, mask, l2, scale, log_prior, gain, window):
     return query_key.new_empty((query_key.shape[0], _flat(memory_key, 2)), dtype=torch.int64)
 
 
 @torch.library.register_fake("vosops::memory_gather")
-def _(indices, weights, value):  # type: ignore[no-untyped-def]
+def _(indices, weights, value):
     return value.new_empty((*value.shape[:3], indices.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake("vosops::memory_gather_backward")
-def _(grad_read, indices, weights, value, need_value):  # type: ignore[no-untyped-def]
+def _(grad_read, indices, weights, value, need_value):
     memory = _flat(value, 3) if need_value else 0
     return torch.empty_like(weights), value.new_empty((*value.shape[:3], memory), dtype=torch.float32)
 
 
-def _fake_key_gradients(query_key: Tensor, memory_key: Tensor, shrinkage: Tensor | None, selection: Tensor | None):  # type: ignore[no-untyped-def]
+def _fake_key_gradients(
+    query_key: Tensor, memory_key: Tensor, shrinkage: Tensor | None, selection: Tensor | None
+):
     batch, channels = query_key.shape[:2]
     queries, memory = _flat(query_key, 2), _flat(memory_key, 2)
     return (
@@ -103,12 +105,12 @@ def _fake_key_gradients(query_key: Tensor, memory_key: Tensor, shrinkage: Tensor
 
 
 @torch.library.register_fake("vosops::memory_match_backward")
-def _(query_key, memory_key, shrinkage, selection, *others):  # type: ignore[no-untyped-def]
+def _(query_key, memory_key, shrinkage, selection, *others):
     return _fake_key_gradients(query_key, memory_key, shrinkage, selection)
 
 
 @torch.library.register_fake("vosops::memory_read_dense_backward")
-def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, value, *others):  # type: ignore[no-untyped-def]
+def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, value, *others):
     grad_value = value.new_empty((*value.shape[:3], _flat(value, 3)), dtype=torch.float32)
     return (*_fake_key_gradients(query_key, memory_key, shrinkage, selection), grad_value)
 

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set; VOSOPS_ISA names it.
+#include "kernels.h"
+
+#include "../aggregate/kernel.h"
+#include "../memory_read/dense.h"
+#include "../memory_read/gather.h"
+#include "../memory_read/match.h"
+
+#define VOSOPS_TEXT2(x) #x
+#define VOSOPS_TEXT(x) VOSOPS_TEXT2(x)
+
+namespace vosops::VOSOPS_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    VOSOPS_TEXT(VOSOPS_ISA),
+    kRows,
+    layout,
+    pack_queries,
+    match,
+    finish,
+    dense,
+    usage,
+    best_query,
+    gather_rows,
+    gather_channels,
+    gather_backward,
+    aggregate,
+    aggregate_backward,
+};
+
+}  // namespace vosops::VOSOPS_ISA

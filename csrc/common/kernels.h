@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of one instruction set.
+#pragma once
+#include "../memory_read/problem.h"
+
+namespace vosops {
+
+struct Kernels {
+  const char* name;
+  int rows;  // of the register tile
+  void (*layout)(const Problem&, PackedQueries&);
+  void (*pack_queries)(const Problem&, PackedQueries&, int64_t batch, int64_t first, int64_t last);
+  // The k best of memory positions [m0, m1) for query blocks [b0, b1): [rows][k], filled with -inf;
+  // a NaN score in a row makes its first score NaN.
+  void (*match)(const Problem&, const PackedQueries&, int64_t batch, int64_t b0, int64_t b1, int64_t m0,
+                int64_t m1, int k, float* scores, int32_t* indices);
+  // Merges the candidates of all splits of queries [q0, q1) and weighs them.
+  void (*finish)(const float* scores, const int32_t* indices, int64_t splits, int64_t split_stride,
+                 int64_t q0, int64_t q1, int k, int64_t* out_indices, float* out_weights);
+  // Dense: read[(object, channel)][queries] and log-sum-exp of query blocks [b0, b1).
+  void (*dense)(const Problem&, const PackedQueries&, const Values&, int64_t batch, int64_t b0, int64_t b1,
+                float* read, float* lse);
+  // usage_j of memory positions [m0, m1) from the log-sum-exp of every query.
+  void (*usage)(const Problem&, const PackedQueries&, int64_t batch, int64_t m0, int64_t m1, const float* lse,
+                float* usage);
+  // argmax over queries of memory positions [m0, m1).
+  void (*best_query)(const Problem&, const PackedQueries&, int64_t batch, int64_t m0, int64_t m1,
+                     int64_t* best);
+  // sum_k w v of queries [q0, q1) where an object's channels are innermost and contiguous.
+  void (*gather_rows)(const Values&, int64_t batch, const int64_t* indices, const float* weights, int k,
+                      int64_t queries, int64_t q0, int64_t q1, float* read);
+  // The same for channels [c0, c1) of the flattened (object, channel), any strides.
+  void (*gather_channels)(const Values&, int64_t batch, int64_t memory, const int64_t* indices,
+                          const float* weights, int k, int64_t queries, int64_t c0, int64_t c1, float* read);
+  // Gradients of channels [c0, c1): adds to grad_weights [Q, k]; fills grad_value [c][M] unless null.
+  void (*gather_backward)(const Values&, int64_t batch, int64_t memory, const int64_t* indices,
+                          const float* weights, int k, int64_t queries, int64_t c0, int64_t c1,
+                          const float* grad_read, float* grad_weights, float* grad_value);
+
+  // Soft aggregation of positions [s0, s1) of a batch entry, and its gradient.
+  void (*aggregate)(const Operand& probabilities, int64_t batch, int64_t objects, int64_t positions,
+                    int64_t s0, int64_t s1, float* logits);
+  void (*aggregate_backward)(const Operand& probabilities, int64_t batch, int64_t objects, int64_t positions,
+                             int64_t s0, int64_t s1, const float* grad, float* grad_probabilities);
+};
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+}  // namespace vosops

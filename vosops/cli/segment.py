@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vosops segment`: a video's masks from the mask of its first frame."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from vosops.data import open_frames, read_mask
+from vosops.propagate.label_propagator import LabelPropagator, PropagationSettings
+from vosops.propagate.run import RunError, Summary, segment_video
+
+_DEFAULTS = PropagationSettings()
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class MemoryDtype(StrEnum):
+    """Storage types that `--memory-dtype` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def segment(
+    video: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Folder of frames (jpg, png) or a video file.")
+    ],
+    mask: Annotated[
+        Path,
+        typer.Option(help="Indexed or grey PNG of object ids on the first frame; 0 background, 255 void."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write to: masks/, overlay.mp4, contact_sheet.png.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    max_size: Annotated[
+        int | None, typer.Option(help="Longer side, pixels, to work at; masks keep the input's size.")
+    ] = None,
+    memory_frames: Annotated[
+        int, typer.Option(help="Frames remembered besides the first.")
+    ] = _DEFAULTS.memory_frames,
+    memory_every: Annotated[int, typer.Option(help="Distance of those, in frames.")] = _DEFAULTS.memory_every,
+    memory_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most bytes of memory, as 512MB or 2GiB.")
+    ] = None,
+    memory_dtype: Annotated[MemoryDtype, typer.Option(help="Storage of the memory.")] = MemoryDtype.float32,
+    top_k: Annotated[int, typer.Option(help="Memory positions that each query keeps.")] = _DEFAULTS.top_k,
+    features: Annotated[
+        str, typer.Option(help="builtin, timm:NAME, torchvision:NAME, or two joined by +.")
+    ] = _DEFAULTS.features,
+    feature_weights: Annotated[
+        Path | None, typer.Option(help="Weight file of the backbone (.safetensors, .pth).")
+    ] = None,
+    no_overlay: Annotated[
+        bool, typer.Option("--no-overlay", help="Write masks only: no overlay.mp4, no contact_sheet.png.")
+    ] = False,
+) -> None:
+    """Segment a video from the mask of its first frame.
+
+    Writes one indexed PNG per frame as soon as it is known. A run that was stopped goes on with --resume.
+
+    Exit code 0: done; 1: stopped in the middle, what was written stays; 2: nothing was done.
+    """
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        settings = PropagationSettings(
+            features=features,
+            feature_weights=feature_weights,
+            top_k=top_k,
+            memory_frames=memory_frames,
+            memory_every=memory_every,
+            memory_bytes=None if memory_bytes is None else _parse_bytes(memory_bytes),
+            memory_dtype=getattr(torch, memory_dtype.value),
+        )
+        source = open_frames(video)
+        labels, palette = read_mask(mask, source.size)
+        propagator = LabelPropagator(settings)
+        with _FrameProgress(console) as progress:
+            summary = segment_video(
+                propagator,
+                source,
+                labels,
+                out,
+                palette=palette,
+                resume=resume,
+                max_size=max_size,
+                write_overlay=not no_overlay,
+                settings=_identity(settings),
+                on_progress=progress.on_progress,
+            )
+    except RunError as error:
+        _fail(console, str(error), 1)
+    except KeyboardInterrupt:
+        _fail(console, f"interrupted; --resume goes on with the run in {out}", 1)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        _fail(console, str(error), 2)
+    typer.echo(_report(summary))
+
+
+class _FrameProgress:
+    """A progress bar with frames per second; a line at the end of each stage where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), _Speed(), console=console
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _FrameProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def on_progress(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._tasks:
+            # Frames of an earlier call are no work of this one: they would spoil the speed.
+            self._tasks[stage] = self._progress.add_task(stage, total=total, completed=done - 1)
+        self._progress.update(self._tasks[stage], completed=done)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} frames/s")
+
+
+def _parse_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    if match is None:
+        raise ValueError(f"--memory-bytes must be a size such as 512MB or 2GiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _identity(settings: PropagationSettings) -> dict[str, Any]:
+    """The settings as a resumed run must repeat them; weights count by content, wherever the file lies."""
+    values = asdict(settings) | {"memory_dtype": str(settings.memory_dtype).removeprefix("torch.")}
+    if settings.feature_weights is not None:
+        with Path(settings.feature_weights).open("rb") as file:
+            values["feature_weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return values
+
+
+def _report(summary: Summary) -> str:
+    objects = ", ".join(str(number) for number in summary.object_ids)
+    lines = [f"{summary.frames} masks (objects {objects}) in {summary.masks}"]
+    if summary.overlay is not None and summary.contact_sheet is not None:
+        lines += [f"overlay video {summary.overlay}", f"contact sheet {summary.contact_sheet}"]
+    if summary.segmented:
+        lines.append(f"{summary.segmented} frames segmented now, {summary.fps:.2f} frames/s")
+    else:
+        lines.append("nothing was left to segment")
+    return "\n".join(lines)
+
+
+def _fail(console: Console, message: str, code: int) -> NoReturn:
+    console.print(Text(f"vosops segment: {message}", style="red"))
+    raise typer.Exit(code)

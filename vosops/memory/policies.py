@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a memory keeps: a policy names the slot of a new frame, and how many slots there may be.
+
+Common to all policies: the first frame of the memory is never replaced, and the frame on which later
+objects enter (it carries their given mask) is replaced only where no other frame is left to replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What `MemoryBank` asks of a policy. Policies are immutable and hold no state of a video."""
+
+    def slot(self, frame: int, frames: Sequence[int], entries: Collection[int]) -> int:
+        """The slot for a new frame, before any limit.
+
+        Args:
+            frame: index of the new frame, above all of `frames`.
+            frames: frame index per slot; at least one, in any order.
+            entries: frames on which objects of the memory entered.
+
+        Returns:
+            A slot to overwrite, or len(frames) for a new one.
+        """
+        ...
+
+    def limit(self, slot_bytes: int) -> int | None:
+        """The most slots ever held, or None for no limit.
+
+        Args:
+            slot_bytes: bytes that one slot takes with the present objects.
+        """
+        ...
+
+
+def _smaller(limit: int, other: int | None) -> int:
+    return limit if other is None else min(limit, other)
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_policy(name: str, value: object) -> None:
+    if isinstance(value, type) or not isinstance(value, Policy):
+        raise TypeError(f"{name} must be a policy such as EveryNth(5), got {value!r}")
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """The first frame, a frame every `n` frames, and the previous frame, which the next one replaces.
+
+    STM (Oh et al., ICCV 2019) uses n = 5; n = 1 keeps every frame. Counted from the first frame, the first
+    one at or past each multiple of n stays, so gaps in the frames do no harm. Slots stay in time order.
+    No limit: a video of T frames fills about T / n slots.
+
+    Args:
+        n: distance in frames.
+
+    Raises:
+        TypeError, ValueError: n is no integer, or below 1.
+    """
+
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        _check_integer("EveryNth.n", self.n, 1)
+
+    def slot(self, frame: int, frames: Sequence[int], entries: Collection[int]) -> int:
+        if len(frames) == 1:
+            return 1
+        # All frames but the newest have stayed, so the two newest tell whether the newest is to stay.
+        first, before, newest = min(frames), *sorted(frames)[-2:]
+        passed = (newest - first) // self.n > (before - first) // self.n
+        temporary = not passed and newest not in entries
+        return list(frames).index(newest) if temporary else len(frames)
+
+    def limit(self, slot_bytes: int) -> int | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """At most `frames` frames: the first, and the most recent of those that `inner` keeps.
+
+    The oldest frame is overwritten in place, so slots are not in time order once the memory is full.
+
+    Args:
+        frames: most frames held, the first included; at least 2.
+        inner: what to keep of the frames; every one by default.
+
+    Raises:
+        TypeError, ValueError: frames is no integer, or below 2; inner is no policy.
+    """
+
+    frames: int
+    inner: Policy = EveryNth(1)
+
+    def __post_init__(self) -> None:
+        _check_integer("Bounded.frames", self.frames, 2)
+        _check_policy("Bounded.inner", self.inner)
+
+    def slot(self, frame: int, frames: Sequence[int], entries: Collection[int]) -> int:
+        return self.inner.slot(frame, frames, entries)
+
+    def limit(self, slot_bytes: int) -> int | None:
+        return _smaller(self.frames, self.inner.limit(slot_bytes))
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """As many frames as fit in `bytes`: the first, and the most recent of those that `inner` keeps.
+
+    When objects enter, a frame takes more bytes and the oldest frames go. `MemoryBank.nbytes` is never
+    above the budget after a call; while objects enter or leave, the tensor that is being re-laid exists
+    twice for a moment.
+
+    Args:
+        bytes: most bytes of keys, values and shrinkage together.
+        inner: what to keep of the frames; every one by default.
+
+    Raises:
+        TypeError, ValueError: bytes is no integer, or below 1; inner is no policy.
+    """
+
+    bytes: int
+    inner: Policy = EveryNth(1)
+
+    def __post_init__(self) -> None:
+        _check_integer("ByteBudget.bytes", self.bytes, 1)
+        _check_policy("ByteBudget.inner", self.inner)
+
+    def slot(self, frame: int, frames: Sequence[int], entries: Collection[int]) -> int:
+        return self.inner.slot(frame, frames, entries)
+
+    def limit(self, slot_bytes: int) -> int | None:
+        return _smaller(self.bytes // slot_bytes, self.inner.limit(slot_bytes))
+
+
+def oldest(frames: Sequence[int], entries: Collection[int]) -> int:
+    """The slot to give up when the memory is full; the first frame never is.
+
+    Args:
+        frames: frame index per slot, at least two.
+        entries: frames on which objects entered; given up only where nothing else is left, oldest first.
+    """
+    first = min(frames)
+    return min(
+        (slot for slot in range(len(frames)) if frames[slot] != first),
+        key=lambda slot: (frames[slot] in entries, frames[slot]),
+    )
