@@ -142,6 +142,14 @@ def test_export(top_k: int | None) -> None:
     assert torch.equal(program.module()(*tensors), Reader()(*tensors))
 
 
+def test_autocast_on_the_reference() -> None:
+    arguments = problem("l2_both")
+    with vosops.use_backend("reference"):
+        plain = vosops.memory_read(**arguments)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(vosops.memory_read(**arguments), plain)
+
+
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_autocast_keeps_the_affinity_in_float32(top_k: int | None) -> None:
     arguments = problem("l2_both")

@@ -100,15 +100,17 @@ def memory_read(
     if prior is not None:
         p = check_prior(p, prior)
     implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value})
-    if prior is not None:
-        p = _with_prior(p, prior, implementation)
     dtype = torch.promote_types(query_key.dtype, memory_value.dtype)
-    if kept is None:
-        read, usage = implementation.read(p, memory_value, dtype, return_usage)
-    else:
-        indices, weights = implementation.match(p, kept)
-        read = implementation.gather(indices, weights, memory_value, dtype)
-        usage = _usage(indices, weights, p) if return_usage else None
+    usage = None
+    with torch.autocast(query_key.device.type, enabled=False):
+        if prior is not None:
+            p = _with_prior(p, prior, implementation)
+        if kept is None:
+            read, usage = implementation.read(p, memory_value, dtype, return_usage)
+        else:
+            indices, weights = implementation.match(p, kept)
+            read = implementation.gather(indices, weights, memory_value, dtype)
+            usage = _usage(indices, weights, p) if return_usage else None
     read = read.unflatten(-1, query_key.shape[2:])
     return read if usage is None else (read, usage.unflatten(-1, memory_key.shape[2:]))
 
@@ -151,9 +153,10 @@ def memory_match(
     if prior is not None:
         p = check_prior(p, prior)
     implementation = _implementation("memory_match", p.tensors())
-    if prior is not None:
-        p = _with_prior(p, prior, implementation)
-    indices, weights = implementation.match(p, kept)
+    with torch.autocast(query_key.device.type, enabled=False):
+        if prior is not None:
+            p = _with_prior(p, prior, implementation)
+        indices, weights = implementation.match(p, kept)
     return Match(indices, weights, tuple(query_key.shape[2:]))
 
 
@@ -181,7 +184,8 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
     check_value(memory_value, batch, None, device)
     tensors = {"match.weights": match.weights, "memory_value": memory_value}
     implementation = _implementation("memory_gather", tensors)
-    read = implementation.gather(match.indices, match.weights, memory_value, dtype or memory_value.dtype)
+    with torch.autocast(device.type, enabled=False):
+        read = implementation.gather(match.indices, match.weights, memory_value, dtype or memory_value.dtype)
     return read.unflatten(-1, match.query_shape)
 
 

@@ -7,13 +7,11 @@ hundred queries at a time, so that Q x M is never whole.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
 from .problem import Scores
 
 # Weights held at a time by the dense gradient, and queries at least: each chunk adds to the whole gradient
@@ -38,6 +36,8 @@ def _scores(
     )
 
 
+# A backward pass may run inside autocast, which would lower these products.
+@torch.autocast("cpu", enabled=False)
 def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query key, memory key, shrinkage and selection (empty where absent), float32."""
     *scores, grad_weights, indices, weights = arguments
@@ -81,55 +81,64 @@ def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return grad_q.mT.contiguous(), scatter(grad_k), grad_r, grad_e
 
 
+@torch.autocast("cpu", enabled=False)
 def dense(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query key, memory key, shrinkage, selection (empty where absent) and values, float32."""
     *scores, memory_value, grad_read, grad_lse, read, lse = arguments
     p = _scores(*scores)
     q, k = p.query_key.flatten(2).float(), p.memory_key.flatten(2).float()  # [B, Ck, Q], [B, Ck, M]
     value = memory_value.flatten(3).flatten(1, 2).float()  # [B, O*Cv, M]
-    if p.memory_mask is not None:
-        hidden = ~p.memory_mask.flatten(1)[:, None]
+    hidden = None if p.memory_mask is None else ~p.memory_mask.flatten(1)[:, None]
+    if hidden is not None:
         k, value = k.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
     r = None if p.shrinkage is None else p.shrinkage.flatten(2).float()
     e = None if p.selection is None else p.selection.flatten(2).float()
-    go = grad_read.flatten(1, 2)  # [B, O*Cv, Q]
-    delta = (go * read.flatten(1, 2)).sum(1) - grad_lse  # [B, Q]
-    grad_q, grad_k, grad_value = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(value)
+    # similarity = left' right + bias, then times r and scale.
+    left, right, bias = q, k, q.new_zeros(1, 1, 1)
+    if e is not None:  # -sum e (k - q)^2
+        left, right = torch.cat((2 * e * q, -e), 1), torch.cat((k, k.square()), 1)
+        bias = -(e * q.square()).sum(1)[..., None]  # [B, Q, 1]
+    elif p.similarity == "l2":
+        left, bias = 2 * q, -k.square().sum(1)[:, None]  # [B, 1, M]
+    grad_read = grad_read.flatten(1, 2)  # [B, O*Cv, Q]
+    delta = ((grad_read * read.flatten(1, 2)).sum(1) - grad_lse)[..., None]  # [B, Q, 1]
+    grad_left, grad_right, grad_value = map(torch.zeros_like, (left, right, value))
     grad_r = torch.zeros_like(r) if r is not None else k.new_empty(k.shape[0], 1, 0)
-    grad_e = torch.zeros_like(e) if e is not None else k.new_empty(*k.shape[:2], 0)
+    of_query, of_memory = (
+        torch.zeros_like(delta),
+        k.new_zeros(k.shape[0], 1, k.shape[2]),
+    )  # sums of the gradient
     cells = p.cells(q) if p.centers is not None else None
-    bare = replace(p, shrinkage=None, scale=1.0, centers=None, precision=None, memory_mask=None)
     step = max(_CHUNK_QUERIES, _CHUNK_ELEMENTS // k.shape[-1])
     for start in range(0, q.shape[-1], step):
         at = slice(start, start + step)
-        part = replace(bare, query_key=q[..., at], memory_key=k, selection=None if e is None else e[..., at])
-        similarity = reference.scores(part)  # [B, Q', M]
+        base = bias[:, at] if bias.shape[1] > 1 else bias
+        similarity = torch.baddbmm(base, left[..., at].mT, right)  # [B, Q', M]
         s = similarity.mul_(p.scale) if r is None else similarity * (r * p.scale)
         if cells is not None and p.centers is not None and p.precision is not None:
-            distance = (cells[None, at, None] - p.centers[:, None]).square_().sum(-1)
-            s -= distance.mul_(p.precision[:, None])
-        if p.memory_mask is not None:
+            for axis in (0, 1):
+                offset = cells[None, at, None, axis] - p.centers[:, None, :, axis]
+                s -= offset.square_().mul_(p.precision[:, None])
+        if hidden is not None:
             s.masked_fill_(hidden, -torch.inf)
         weights = s.sub_(lse[:, at, None]).exp_()
-        grad_value.baddbmm_(go[..., at], weights)
-        grad = (
-            (go[..., at].mT @ value).sub_(delta[:, at, None]).mul_(weights).mul_(p.scale)
-        )  # of similarity * r
+        grad_value.baddbmm_(grad_read[..., at], weights)
+        grad = (grad_read[..., at].mT @ value).sub_(delta[:, at]).mul_(weights).mul_(p.scale)
         if r is not None:
-            grad_r += (grad * similarity).sum(1, keepdim=True)
+            grad_r += (similarity.mul_(grad)).sum(1, keepdim=True)
             grad *= r
-        if e is not None:  # -sum e (k - q)^2
-            mass = grad.sum(-1)[:, None]  # [B, 1, Q']
-            first, second = k @ grad.mT, k.square() @ grad.mT  # [B, Ck, Q']
-            grad_q[..., at] = 2 * e[..., at] * (first - q[..., at] * mass)
-            grad_e[..., at] = 2 * q[..., at] * first - second - q[..., at].square() * mass
-            grad_k += 2 * ((e[..., at] * q[..., at]) @ grad - k * (e[..., at] @ grad))
-        elif p.similarity == "l2":
-            grad_q[..., at] = 2 * k @ grad.mT
-            grad_k += 2 * (q[..., at] @ grad - k * grad.sum(1, keepdim=True))
-        else:
-            grad_q[..., at] = k @ grad.mT
-            grad_k.baddbmm_(q[..., at], grad)
-    if p.memory_mask is not None:
+        grad_left[..., at] = right @ grad.mT
+        grad_right.baddbmm_(left[..., at], grad)
+        of_query[:, at] = grad.sum(2, keepdim=True)
+        of_memory += grad.sum(1, keepdim=True)
+    grad_q, grad_k, grad_e = grad_left, grad_right, k.new_empty(*k.shape[:2], 0)
+    if e is not None:
+        (first, second), (along, squared) = grad_left.chunk(2, 1), grad_right.chunk(2, 1)
+        grad_q = 2 * e * (first - q * of_query.mT)
+        grad_e = 2 * q * first - second - q.square() * of_query.mT
+        grad_k = along + 2 * k * squared
+    elif p.similarity == "l2":
+        grad_q, grad_k = 2 * grad_left, grad_right - 2 * k * of_memory
+    if hidden is not None:
         grad_k, grad_value = grad_k.masked_fill(hidden, 0), grad_value.masked_fill(hidden, 0)
     return grad_q, grad_k, grad_r, grad_e, grad_value.unflatten(1, memory_value.shape[1:3])
