@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import ModuleType
 from typing import Literal
@@ -102,7 +103,7 @@ def memory_read(
     implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value})
     dtype = torch.promote_types(query_key.dtype, memory_value.dtype)
     usage = None
-    with torch.autocast(query_key.device.type, enabled=False):
+    with _full_precision(query_key.device):
         if prior is not None:
             p = _with_prior(p, prior, implementation)
         if kept is None:
@@ -153,7 +154,7 @@ def memory_match(
     if prior is not None:
         p = check_prior(p, prior)
     implementation = _implementation("memory_match", p.tensors())
-    with torch.autocast(query_key.device.type, enabled=False):
+    with _full_precision(query_key.device):
         if prior is not None:
             p = _with_prior(p, prior, implementation)
         indices, weights = implementation.match(p, kept)
@@ -184,9 +185,16 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
     check_value(memory_value, batch, None, device)
     tensors = {"match.weights": match.weights, "memory_value": memory_value}
     implementation = _implementation("memory_gather", tensors)
-    with torch.autocast(device.type, enabled=False):
+    with _full_precision(device):
         read = implementation.gather(match.indices, match.weights, memory_value, dtype or memory_value.dtype)
     return read.unflatten(-1, match.query_shape)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: affinities stay in float32. Nothing at all outside of autocast, for torch.export."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _implementation(operator: str, tensors: dict[str, Tensor]) -> ModuleType:
