@@ -191,7 +191,7 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: affinities stay in float32. Nothing at all outside of autocast, for torch.export."""
+    """No autocast inside: affinities stay in float32. Outside of autocast nothing, for torch.export."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
