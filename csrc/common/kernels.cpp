@@ -3,7 +3,7 @@
 #include "kernels.h"
 
 #include "../aggregate/kernel.h"
-#include "../memory_read/dense.h"
+#include "../memory_read/dense_backward.h"
 #include "../memory_read/gather.h"
 #include "../memory_read/match.h"
 
@@ -21,6 +21,11 @@ const Kernels kernels = {
     match,
     finish,
     dense,
+    kCols,
+    kChunk,
+    pack_grad,
+    unpack_queries,
+    dense_backward,
     usage,
     best_query,
     gather_rows,

@@ -20,6 +20,16 @@ struct Kernels {
   // Dense: read[(object, channel)][queries] and log-sum-exp of query blocks [b0, b1).
   void (*dense)(const Problem&, const PackedQueries&, const Values&, int64_t batch, int64_t b0, int64_t b1,
                 float* read, float* lse);
+  // Gradient of the dense read: see dense_backward.h. Panels have `cols` columns, queries are padded to
+  // `chunk`.
+  int cols, chunk;
+  void (*pack_grad)(const float* grad, int64_t columns, int64_t queries, int64_t first, int64_t last,
+                    float* out);
+  void (*unpack_queries)(const PackedQueries&, int64_t batch, int64_t queries, float* out);
+  void (*dense_backward)(const Problem&, const PackedQueries&, const Values&, int64_t batch, int64_t m0,
+                         int64_t m1, const float* lse, const float* delta, const float* grad,
+                         const float* left, float* grad_left, float* grad_right, float* grad_bias,
+                         float* grad_value);
   // usage_j of memory positions [m0, m1) from the log-sum-exp of every query.
   void (*usage)(const Problem&, const PackedQueries&, int64_t batch, int64_t m0, int64_t m1, const float* lse,
                 float* usage);

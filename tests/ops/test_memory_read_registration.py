@@ -59,7 +59,6 @@ def test_opcheck(variant: str, requires_grad: bool, dtype: torch.dtype) -> None:
             value,
             torch.ones_like(read),
             torch.ones_like(lse),
-            read,
             lse,
         ),
     }

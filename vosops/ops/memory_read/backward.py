@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the scores' operands, in plain torch on what the forward kept.
-
-Top-k touches only the Q k kept pairs. Dense recomputes the weights from the log-sum-exp for a few
-hundred queries at a time, so that Q x M is never whole.
-"""
+"""Gradients of the scores' operands in plain torch: of the Q k pairs that top-k kept, and, for the dense
+read, from those of the packed operands that the kernel returns."""
 
 from __future__ import annotations
 
@@ -14,12 +11,8 @@ from torch import Tensor
 
 from .problem import Scores
 
-# Weights held at a time by the dense gradient, and queries at least: each chunk adds to the whole gradient
-# of the memory, which costs more than its products when a chunk is only a few queries.
-_CHUNK_ELEMENTS, _CHUNK_QUERIES = 1 << 22, 128
 
-
-def _scores(
+def scores_from(
     query_key: Tensor,
     memory_key: Tensor,
     shrinkage: Tensor | None,
@@ -41,7 +34,7 @@ def _scores(
 def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query key, memory key, shrinkage and selection (empty where absent), float32."""
     *scores, grad_weights, indices, weights = arguments
-    p = _scores(*scores)
+    p = scores_from(*scores)
     kept = indices >= 0
     rows = indices.clamp(min=0)
     grad = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * p.scale  # [B, Q, k]
@@ -81,64 +74,36 @@ def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return grad_q.mT.contiguous(), scatter(grad_k), grad_r, grad_e
 
 
-@torch.autocast("cpu", enabled=False)
-def dense(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to query key, memory key, shrinkage, selection (empty where absent) and values, float32."""
-    *scores, memory_value, grad_read, grad_lse, read, lse = arguments
-    p = _scores(*scores)
-    q, k = p.query_key.flatten(2).float(), p.memory_key.flatten(2).float()  # [B, Ck, Q], [B, Ck, M]
-    value = memory_value.flatten(3).flatten(1, 2).float()  # [B, O*Cv, M]
-    hidden = None if p.memory_mask is None else ~p.memory_mask.flatten(1)[:, None]
-    if hidden is not None:
-        k, value = k.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
-    r = None if p.shrinkage is None else p.shrinkage.flatten(2).float()
-    e = None if p.selection is None else p.selection.flatten(2).float()
-    # similarity = left' right + bias, then times r and scale.
-    left, right, bias = q, k, q.new_zeros(1, 1, 1)
-    if e is not None:  # -sum e (k - q)^2
-        left, right = torch.cat((2 * e * q, -e), 1), torch.cat((k, k.square()), 1)
-        bias = -(e * q.square()).sum(1)[..., None]  # [B, Q, 1]
-    elif p.similarity == "l2":
-        left, bias = 2 * q, -k.square().sum(1)[:, None]  # [B, 1, M]
-    grad_read = grad_read.flatten(1, 2)  # [B, O*Cv, Q]
-    delta = ((grad_read * read.flatten(1, 2)).sum(1) - grad_lse)[..., None]  # [B, Q, 1]
-    grad_left, grad_right, grad_value = map(torch.zeros_like, (left, right, value))
-    grad_r = torch.zeros_like(r) if r is not None else k.new_empty(k.shape[0], 1, 0)
-    of_query, of_memory = (
-        torch.zeros_like(delta),
-        k.new_zeros(k.shape[0], 1, k.shape[2]),
-    )  # sums of the gradient
-    cells = p.cells(q) if p.centers is not None else None
-    step = max(_CHUNK_QUERIES, _CHUNK_ELEMENTS // k.shape[-1])
-    for start in range(0, q.shape[-1], step):
-        at = slice(start, start + step)
-        base = bias[:, at] if bias.shape[1] > 1 else bias
-        similarity = torch.baddbmm(base, left[..., at].mT, right)  # [B, Q', M]
-        s = similarity.mul_(p.scale) if r is None else similarity * (r * p.scale)
-        if cells is not None and p.centers is not None and p.precision is not None:
-            for axis in (0, 1):
-                offset = cells[None, at, None, axis] - p.centers[:, None, :, axis]
-                s -= offset.square_().mul_(p.precision[:, None])
-        if hidden is not None:
-            s.masked_fill_(hidden, -torch.inf)
-        weights = s.sub_(lse[:, at, None]).exp_()
-        grad_value.baddbmm_(grad_read[..., at], weights)
-        grad = (grad_read[..., at].mT @ value).sub_(delta[:, at]).mul_(weights).mul_(p.scale)
-        if r is not None:
-            grad_r += (similarity.mul_(grad)).sum(1, keepdim=True)
-            grad *= r
-        grad_left[..., at] = right @ grad.mT
-        grad_right.baddbmm_(left[..., at], grad)
-        of_query[:, at] = grad.sum(2, keepdim=True)
-        of_memory += grad.sum(1, keepdim=True)
-    grad_q, grad_k, grad_e = grad_left, grad_right, k.new_empty(*k.shape[:2], 0)
-    if e is not None:
-        (first, second), (along, squared) = grad_left.chunk(2, 1), grad_right.chunk(2, 1)
-        grad_q = 2 * e * (first - q * of_query.mT)
-        grad_e = 2 * q * first - second - q.square() * of_query.mT
+def unpack(p: Scores, grad_left: Tensor, grad_right: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of query key, memory key, shrinkage and selection from those of the score's packed form,
+    s = <a, b> + bias (csrc/memory_read/pack.h).  # [B, Q, depth], [B, M, depth], [B, M]
+    """
+    q, k = p.query_key.flatten(2).float().mT, p.memory_key.flatten(2).float().mT  # [B, Q, Ck], [B, M, Ck]
+    if p.memory_mask is not None:
+        k = k.masked_fill(~p.memory_mask.flatten(1)[..., None], 0)
+    r = None if p.shrinkage is None else p.shrinkage.flatten(2).float().mT  # [B, M, 1]
+    channels, bias = q.shape[-1], grad_bias[..., None]
+    grad_r = grad_e = None
+    if p.selection is not None:  # a = scale (2 e q, -e, -sum e q^2), b = (r k, r k^2, r)
+        e = p.selection.flatten(2).float().mT
+        first, second, rest = grad_left.split((channels, channels, 1), -1)
+        grad_q = 2 * p.scale * e * (first - q * rest)
+        grad_e = p.scale * (2 * q * first - second - q.square() * rest)
+        along, squared, alone = grad_right.split((channels, channels, 1), -1)
         grad_k = along + 2 * k * squared
-    elif p.similarity == "l2":
-        grad_q, grad_k = 2 * grad_left, grad_right - 2 * k * of_memory
-    if hidden is not None:
-        grad_k, grad_value = grad_k.masked_fill(hidden, 0), grad_value.masked_fill(hidden, 0)
-    return grad_q, grad_k, grad_r, grad_e, grad_value.unflatten(1, memory_value.shape[1:3])
+        if r is not None:
+            grad_r = (k * along + k.square() * squared).sum(-1, keepdim=True) + alone
+    elif p.similarity == "l2":  # a = 2 scale q, b = r k, bias = -scale r |k|^2
+        grad_q, grad_k = 2 * p.scale * grad_left, grad_right - 2 * p.scale * k * bias
+        if r is not None:
+            grad_r = (k * grad_right - p.scale * k.square() * bias).sum(-1, keepdim=True)
+    else:  # a = scale q, b = k
+        grad_q, grad_k = p.scale * grad_left, grad_right
+    if r is not None:
+        grad_k = grad_k * r
+    grads = (grad_q, grad_k, grad_r, grad_e)
+    inputs = (p.query_key, p.memory_key, p.shrinkage, p.selection)
+    return tuple(
+        None if g is None or x is None else g.mT.reshape(x.shape).to(x.dtype)
+        for g, x in zip(grads, inputs, strict=True)
+    )

@@ -36,12 +36,10 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"memory_read_dense_backward({_SCORES}, Tensor memory_value, Tensor grad_read, "
-    "Tensor grad_lse, Tensor read, Tensor lse) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"memory_read_dense_backward({_SCORES}, Tensor memory_value, Tensor grad_read, Tensor delta, Tensor lse) "
+    "-> (Tensor grad_left, Tensor grad_right, Tensor grad_bias, Tensor grad_value)"
 )
 _library.impl("memory_match_backward", backward.match, "CPU")
-_library.impl("memory_read_dense_backward", backward.dense, "CPU")
 
 _ops = torch.ops.vosops
 
@@ -111,8 +109,11 @@ def _(query_key, memory_key, shrinkage, selection, *others):
 
 @torch.library.register_fake("vosops::memory_read_dense_backward")
 def _(query_key, memory_key, shrinkage, selection, mask, centers, precision, l2, scale, value, *others):
-    grad_value = value.new_empty((*value.shape[:3], _flat(value, 3)), dtype=torch.float32)
-    return (*_fake_key_gradients(query_key, memory_key, shrinkage, selection), grad_value)
+    batch, channels = query_key.shape[:2]
+    depth = channels if selection is None else 2 * channels + 1
+    queries, memory = _flat(query_key, 2), _flat(memory_key, 2)
+    shapes = ((batch, queries, depth), (batch, memory, depth), (batch, memory), (*value.shape[:3], memory))
+    return tuple(query_key.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _match_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -146,9 +147,13 @@ def _dense_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _dense_gradient(ctx: Any, grad_read: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *scores, value, read, lse = ctx.saved_tensors
-    arguments = (*scores, ctx.l2, ctx.scale, value, grad_read.contiguous(), grad_lse, read, lse)
-    *grads, grad_value = _ops.memory_read_dense_backward(*arguments)
-    return (*_shaped(scores[:4], grads), *[None] * 5, grad_value.view(value.shape).to(value.dtype))
+    delta = (grad_read * read).sum((1, 2)) - grad_lse  # [B, Q]
+    arguments = (*scores, ctx.l2, ctx.scale)
+    *packed, grad_value = _ops.memory_read_dense_backward(
+        *arguments, value, grad_read.contiguous(), delta.contiguous(), lse
+    )
+    grads = backward.unpack(backward.scores_from(*arguments), *packed)
+    return (*grads, *[None] * 5, grad_value.view(value.shape).to(value.dtype))
 
 
 def _shaped(inputs: Any, grads: Any) -> list[Tensor | None]:
