@@ -37,6 +37,7 @@ from vosops.propagate.run import VideoSegmenter
 RESULTS = Path(__file__).parent / "results" / "propagation.json"
 FRAMES, TRUTH, FIRST = "JPEGImages/480p", "Annotations/480p", "Annotations_2017_first/480p"
 STM = "STM (published masks)"
+_FILE_WIDTH = 150  # columns where the output is not a terminal
 Labels = NDArray[np.integer[Any]]
 
 
@@ -136,7 +137,7 @@ def tables(rows: list[Row]) -> Iterator[Table]:
         table = Table(title=f"{title}: J / F / J&F (frames per second)")
         table.add_column("sequence")
         for method in methods:
-            table.add_column(method, justify="right")
+            table.add_column(method, justify="right", min_width=18)
         for sequence in dict.fromkeys(row.sequence for row in mine):
             cells = {row.method: row for row in mine if row.sequence == sequence}
             table.add_row(sequence, *(_cell(cells.get(method)) for method in methods))
@@ -191,6 +192,8 @@ def main(
 ) -> None:
     """Score label propagation, its baselines and the published STM masks."""
     console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     data = Path(os.environ.get("VOSOPS_DATA", "../shared/data"))
     lists = data / "ImageSets/2017"
     if not lists.is_dir():

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmenting a video from its first mask."""
+
+from .baselines import CopyFirstMask, WarpPreviousMask
+from .label_propagator import LabelPropagator, PropagationSettings
+
+__all__ = ["CopyFirstMask", "LabelPropagator", "PropagationSettings", "WarpPreviousMask"]
