@@ -85,6 +85,7 @@ def _kmn(frames: int, grid: tuple[int, int], size: str = "", top_k: int | None =
 _STANDARD = (
     _stcn(10, 1),
     _stcn(20, 3),
+    _stcn(10, 1, top_k=None),
     _xmem("xmem-cap-o1", "XMem at its memory cap", 26200, 1, _GRID_480P),
     _xmem("xmem-cap-o3", "XMem at its memory cap, 3 objects", 26200, 3, _GRID_480P),
     MemoryReadShape(
@@ -110,6 +111,4 @@ MEMORY_READ_GROUPS: dict[str, tuple[str, ...]] = {
     "small": tuple(shape.name for shape in _SMALL),
     "frames": tuple(shape.name for shape in _FRAMES),
 }
-MEMORY_READ: dict[str, MemoryReadShape] = {
-    shape.name: shape for shape in (*_STANDARD, *_SMALL, *_FRAMES, _stcn(10, 1, top_k=None))
-}
+MEMORY_READ: dict[str, MemoryReadShape] = {shape.name: shape for shape in (*_STANDARD, *_SMALL, *_FRAMES)}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's example runs, its links exist, and its figures are those of the committed benchmarks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_example_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def table(first_column: str) -> list[list[str]]:
+    """Rows of the README's table whose header begins with `first_column`."""
+    lines = iter(README.splitlines())
+    for line in lines:
+        if line.startswith(f"| {first_column} |"):
+            break
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert len(rows) > 1, first_column
+    return rows[1:]
+
+
+def test_speed_figures() -> None:
+    rows = json.loads((RESULTS / "memory_read.json").read_text())["rows"]
+    measured = {
+        (row["shape"], row["direction"], row["implementation"]): row
+        for row in rows
+        if (row["dtype"], row["layout"]) == ("float32", "channel_major")
+    }
+
+    def cell(shape: str, direction: str, implementation: str, field: str, form: str) -> str:
+        value = measured.get((shape, direction, implementation), {}).get(field)
+        return "" if value is None else form.format(value)
+
+    for shape, direction, *figures in table("shape"):
+        at = (shape.strip("`"), direction)
+        expected = [cell(*at, peer, "ratio", "{:.1f}x") for peer in ("eager", "smart_eager", "sdpa")]
+        expected += [cell(*at, name, "extra_mib", "{:.0f}") for name in ("vosops", "eager")]
+        assert figures == expected, at
+
+
+def test_segmentation_figures() -> None:
+    means = json.loads((RESULTS / "propagation.json").read_text())["means"]
+    for method, *figures in table("method"):
+        expected = [f"{100 * means[f'{method}|single'][name]:.1f}" for name in ("j", "f", "jf")]
+        union = means.get(f"{method}|multi")
+        assert figures == [*expected, f"{100 * union['jf']:.1f}" if union else ""], method
