@@ -68,6 +68,14 @@ int64_t channel_chunk(int64_t channels) {
   return ceil_div(blocks, ceil_div(blocks, ceil_div(blocks, std::max<int64_t>(1, threads)))) * kChannelBlock;
 }
 
+// Before any work: an index past the memory would read foreign bytes.
+void check_indices(const MatchTensors& m, int64_t memory) {
+  int64_t largest = -1;
+  for (int64_t i = 0; i < m.batch * m.queries * m.k; ++i) largest = std::max(largest, m.indices[i]);
+  STD_TORCH_CHECK(largest < memory, "match.indices must lie in the memory of ", memory, " positions, got ",
+                  largest);
+}
+
 Tensor memory_gather(Tensor indices, Tensor weights, Tensor memory_value) {
   const Kernels& k = kernels();
   const MatchTensors m(indices, weights);
@@ -75,6 +83,7 @@ Tensor memory_gather(Tensor indices, Tensor weights, Tensor memory_value) {
   const int64_t memory = count_of(memory_value, 3), channels = values.objects * values.channels;
   const Tensor read =
       make(memory_value, {m.batch, values.objects, values.channels, m.queries}, ScalarType::Float);
+  check_indices(m, memory);
   if (read.numel() == 0) return read;
   if (values.value.channel_stride == 1) {
     for (int64_t batch = 0; batch < m.batch; ++batch)
@@ -104,6 +113,7 @@ std::tuple<Tensor, Tensor> memory_gather_backward(Tensor grad_read, Tensor indic
   const Values values = values_of(memory_value);
   const int64_t memory = count_of(memory_value, 3), channels = values.objects * values.channels;
   const float* grad = floats_of(grad_read, "grad_read");
+  check_indices(m, memory);
   const Tensor grad_weights = make(memory_value, {m.batch, m.queries, m.k}, ScalarType::Float);
   const Tensor grad_value = make(
       memory_value, {m.batch, values.objects, values.channels, need_value ? memory : 0}, ScalarType::Float);

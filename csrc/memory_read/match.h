@@ -67,7 +67,8 @@ inline int shrink(float* scores, int32_t* indices, int n, int k, float* work, fl
 inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1,
                   int64_t m0, int64_t m1, int k, float* out_scores, int32_t* out_indices) {
   const int64_t rows = (b1 - b0) * kRows;
-  const int capacity = most(3 * k, 64) + kCols + kLanes;
+  const int64_t wanted = most<int64_t>(3 * int64_t(k), 64);
+  const int capacity = int(least(wanted, m1 - m0)) + kCols + kLanes;
   Buffer<float> scores(rows * capacity), work(capacity), threshold(rows, -kInf);
   Buffer<int32_t> indices(rows * capacity), used(rows, 0);
   Buffer<uint8_t> poisoned(rows, 0);
@@ -120,6 +121,41 @@ inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, 
   }
 }
 
+// Whether entry i is to come before entry j: the higher score, the lower index among equals.
+inline bool better(const float* s, const int32_t* at, int i, int j) {
+  return s[i] > s[j] || (s[i] == s[j] && at[i] < at[j]);
+}
+
+inline void swap_entries(float* s, int32_t* at, int i, int j) {
+  const float score = s[i];
+  const int32_t index = at[i];
+  s[i] = s[j], at[i] = at[j];
+  s[j] = score, at[j] = index;
+}
+
+// Heap with the worst entry at the root: moves entry `root` down to its place among `n`.
+inline void sift(float* s, int32_t* at, int root, int n) {
+  for (int child = 2 * root + 1; child < n; root = child, child = 2 * root + 1) {
+    if (child + 1 < n && better(s, at, child, child + 1)) ++child;
+    if (!better(s, at, root, child)) return;
+    swap_entries(s, at, root, child);
+  }
+}
+
+// Best first. Entries come in order of index.
+inline void sort_entries(float* s, int32_t* at, int n) {
+  if (n <= 64) {
+    for (int i = 1; i < n; ++i)
+      for (int j = i; j > 0 && better(s, at, j, j - 1); --j) swap_entries(s, at, j, j - 1);
+    return;
+  }
+  for (int i = n / 2 - 1; i >= 0; --i) sift(s, at, i, n);
+  for (int end = n - 1; end > 0; --end) {
+    swap_entries(s, at, 0, end);
+    sift(s, at, 0, end);
+  }
+}
+
 // Candidates of split s of query q: scores[s * split_stride + q * k ...]. Best first, then softmax.
 inline void finish(const float* scores, const int32_t* indices, int64_t splits, int64_t split_stride,
                    int64_t q0, int64_t q1, int k, int64_t* out_indices, float* out_weights) {
@@ -140,17 +176,7 @@ inline void finish(const float* scores, const int32_t* indices, int64_t splits, 
     }
     float threshold = -kInf;
     if (n > k) n = shrink(s.data(), at.data(), n, k, work.data(), threshold, poisoned);
-    for (int i = 1; i < n; ++i) {  // insertion sort, stable: the lowest index first among equals
-      const float score = s[i];
-      const int32_t index = at[i];
-      int j = i;
-      for (; j > 0 && s[j - 1] < score; --j) {
-        s[j] = s[j - 1];
-        at[j] = at[j - 1];
-      }
-      s[j] = score;
-      at[j] = index;
-    }
+    sort_entries(s.data(), at.data(), n);
     float total = 0;
     float* weights = out_weights + q * k;
     for (int i = 0; i < k; i += kLanes) {

@@ -316,6 +316,21 @@ def test_one_query_against_a_large_memory(isa: str) -> None:
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
+@pytest.mark.parametrize("top_k", [65, 700, 1999, 2000])
+def test_many_kept(top_k: int, isa: str) -> None:
+    """Long lists are sorted by a heap; equal scores, of which there are many here, stay in order of index."""
+    generator = torch.Generator().manual_seed(2)
+    query_key = torch.randint(-2, 3, (1, 3, 8), generator=generator).float()
+    memory_key = torch.randint(-2, 3, (1, 3, 2000), generator=generator).float()
+    match = vosops.memory_match(query_key, memory_key, top_k=top_k, scale=1.0)
+    scores = query_key[0].mT @ memory_key[0]
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(match.indices[0], order)
+    value = torch.randn(1, 1, 4, 2000, generator=generator)
+    read = vosops.memory_read(query_key, memory_key, value, top_k=top_k, scale=1.0)
+    torch.testing.assert_close(vosops.memory_gather(match, value), read, rtol=0, atol=1e-5)
+
+
 def test_gather_reads_several_banks_with_one_match(isa: str) -> None:
     arguments = problem("l2")
     match = vosops.memory_match(**score_arguments(arguments), top_k=5)

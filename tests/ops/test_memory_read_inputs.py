@@ -208,5 +208,18 @@ def test_memory_gather() -> None:
         vosops.memory_gather(match._replace(query_shape=(4, 11)), value)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gather_from_a_memory_that_is_too_short(backend: str) -> None:
+    arguments = problem("dot")
+    value = arguments.pop("memory_value")
+    with vosops.use_backend(backend):
+        match = vosops.memory_match(**arguments, top_k=40)
+        message = (
+            r"match.indices must lie in the memory of 45 positions, got 13\d" if backend == "cpu" else "bound"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            vosops.memory_gather(match, value[:, :, :, :1])
+
+
 def test_priors_are_values() -> None:
     assert replace(vosops.KernelPrior(), sigma=3.0) == vosops.KernelPrior(3.0)

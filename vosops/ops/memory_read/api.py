@@ -98,6 +98,8 @@ def memory_read(
     p = build_scores(query_key, memory_key, similarity, scale, shrinkage, selection, memory_mask)
     check_value(memory_value, p.memory_key.shape[0], memory_key.shape[2:], query_key.device)
     kept = None if top_k is None else check_top_k(top_k)
+    if kept is not None and kept >= p.memory:
+        kept = None  # all of them: the dense read, which keeps no list
     if prior is not None:
         p = check_prior(p, prior)
     implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value})
@@ -174,11 +176,12 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
 
     Raises:
         TypeError, ValueError: a bad argument, named, before any work.
+        RuntimeError: an index of the match lies past the memory.
         BackendError: a forced backend cannot serve the call.
 
     Note:
         Cost: 2 B Q k O Cv operations. Extra memory: a tile of transposed values where channels are not
-        innermost. Indices are trusted to lie in the memory: pass what `memory_match` returned.
+        innermost.
     """
     check_match(match)
     batch, device = match.indices.shape[0], match.indices.device
