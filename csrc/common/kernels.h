@@ -54,6 +54,9 @@ struct Kernels {
                              int64_t s0, int64_t s1, const float* grad, float* grad_probabilities);
 };
 
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

@@ -134,4 +134,15 @@ inline Vec log(Vec x) {
   return x == x ? result : x;
 }
 
+// acc + a * b over pairs of bfloat16 in each 32-bit lane, two products at a time.
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+inline Vec dot_pairs(Vec acc, Vec a, Vec b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr bool kPairs = false;
+inline Vec dot_pairs(Vec acc, Vec, Vec) { return acc; }
+#endif
+
 }  // namespace vosops::VOSOPS_ISA

@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor> memory_match(Tensor query_key, Tensor memory_key, std
   const Tensor indices = make(query_key, {p.batch, p.queries, k}, ScalarType::Long);
   const Tensor weights = make(query_key, {p.batch, p.queries, k}, ScalarType::Float);
   if (p.batch * p.queries == 0) return {indices, weights};
+  call.packed.pairs = true;
   call.pack();
   const PackedQueries& packed = call.packed;
   // A task's packed queries should stay in cache while it walks the memory. With too few queries for all

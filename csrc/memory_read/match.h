@@ -64,8 +64,9 @@ inline int shrink(float* scores, int32_t* indices, int n, int k, float* work, fl
   return out;
 }
 
-inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1,
-                  int64_t m0, int64_t m1, int k, float* out_scores, int32_t* out_indices) {
+template <bool Pairs>
+inline void match_blocks(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1,
+                         int64_t m0, int64_t m1, int k, float* out_scores, int32_t* out_indices) {
   const int64_t rows = (b1 - b0) * kRows;
   const int64_t wanted = most<int64_t>(3 * int64_t(k), 64);
   const int capacity = int(least(wanted, m1 - m0)) + kCols + kLanes;
@@ -81,7 +82,7 @@ inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, 
 
   Panel panel(packed);
   for (int64_t m = m0; m < m1; m += kCols) {
-    panel.pack(p, batch, m, m1);
+    panel.pack(p, batch, m, m1, Pairs);
     const PanelBound bound = p.precision ? PanelBound(panel, packed) : PanelBound();
     for (int64_t block = b0; block < b1; ++block) {
       const int64_t first_row = (block - b0) * kRows;
@@ -93,7 +94,7 @@ inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, 
         if (bound.below(lowest, BlockCells(p, block), norm)) continue;
       }
       Tile s;
-      score_tile(p, packed, batch, block, panel, s);
+      score_tile<Pairs>(p, packed, batch, block, panel, s);
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = first_row + r;
         const Vec bar = set1(threshold[row]);
@@ -119,6 +120,14 @@ inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, 
     std::memcpy(out_indices + row * k, &indices[row * capacity], sizeof(int32_t) * used[row]);
     if (poisoned[row]) to[0] = std::numeric_limits<float>::quiet_NaN();
   }
+}
+
+inline void match(const Problem& p, const PackedQueries& packed, int64_t batch, int64_t b0, int64_t b1,
+                  int64_t m0, int64_t m1, int k, float* scores, int32_t* indices) {
+  if (kPairs && packed.pairs)
+    match_blocks<kPairs>(p, packed, batch, b0, b1, m0, m1, k, scores, indices);
+  else
+    match_blocks<false>(p, packed, batch, b0, b1, m0, m1, k, scores, indices);
 }
 
 // Whether entry i is to come before entry j: the higher score, the lower index among equals.

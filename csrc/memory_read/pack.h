@@ -6,6 +6,9 @@
 //   l2                   a = 2 scale q          b = r k              bias = -scale r |k|^2
 //   l2 with selection    a = scale (2 e q, -e, -sum e q^2)   b = (r k, r k^2, r)
 //   with log_prior       one more channel:  a = log_prior, b = gain
+//
+// Pairs: bfloat16 keys on both sides can stay as they are, a = q, b = k, and the product is scaled after:
+// their products are exact, and the hardware multiplies two at a time.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -20,6 +23,9 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 inline void layout(const Problem& p, PackedQueries& packed) {
   packed.depth = p.channels;
+  packed.pairs = packed.pairs && kPairs && !p.selection && !p.shrinkage && !p.gain && !p.precision &&
+                 p.query.dtype == DType::kBFloat16 && p.key.dtype == DType::kBFloat16;
+  if (packed.pairs) packed.depth = (p.channels + 1) / 2;
   if (p.selection) packed.depth = 2 * p.channels + 1;
   if (p.gain) packed.depth += 1;
   packed.blocks = (p.queries + kRows - 1) / kRows;
@@ -38,6 +44,13 @@ inline void pack_queries(const Problem& p, PackedQueries& packed, int64_t batch,
     for (int r = 0; r < kRows && block * kRows + r < p.queries; ++r) {
       const int64_t i = block * kRows + r;
       const int64_t q_at = offset(p.query.positions, i);
+      if (packed.pairs) {
+        const uint16_t* q = static_cast<const uint16_t*>(q_base) + q_at;
+        uint16_t* words = reinterpret_cast<uint16_t*>(out);
+        for (int c = 0; c < channels; ++c)
+          words[(c / 2 * kRows + r) * 2 + c % 2] = q[c * p.query.channel_stride];
+        continue;
+      }
       const int64_t e_at = p.selection ? offset(p.selection.positions, i) : 0;
       double rest = 0;
       for (int c = 0; c < channels; ++c) {
@@ -71,11 +84,12 @@ struct Panel {
 
   explicit Panel(const PackedQueries& packed) : data(int64_t(packed.depth) * kCols, 0.f) {}
 
-  void pack(const Problem& p, int64_t batch, int64_t start, int64_t end) {
+  void pack(const Problem& p, int64_t batch, int64_t start, int64_t end, bool pairs = false) {
     first = start;
     count = int(end - start < kCols ? end - start : kCols);
     int64_t where[kCols];
     const bool consecutive = offsets_of(p.key.positions, start, count, where);
+    if (pairs) return load_pairs(p, batch, where, consecutive);
     const int channels = p.channels;
     float* keys = data.data();
     if (count < kCols) fill(keys, int64_t(channels) * kCols, 0.f);
@@ -128,6 +142,46 @@ struct Panel {
     const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + batch * p.mask.batch_stride;
     return mask[offset(p.mask.positions, first + j)] != 0;
   }
+  // Two bfloat16 channels in each 32-bit word, the even one low.
+  void load_pairs(const Problem& p, int64_t batch, const int64_t* where, bool consecutive) {
+    const uint16_t* base = static_cast<const uint16_t*>(base_of(p.key, batch));
+    const int channels = p.channels, words = (channels + 1) / 2;
+    const int64_t step = count > 1 ? where[1] - where[0] : 0, stride = p.key.channel_stride;
+    bool whole = stride == 1 && channels % 2 == 0 && step % 2 == 0;  // words lie whole in memory
+    for (int j = 2; j < count; ++j) whole &= where[j] - where[j - 1] == step;
+    if (count < kCols) fill(data.data(), int64_t(words) * kCols, 0.f);
+    if (whole) {
+      transpose(reinterpret_cast<const float*>(base + where[0]), step / 2, count, words, data.data(), kCols);
+    } else {
+      for (int c = 0; c < channels; c += 2) {
+        const uint16_t* low = base + c * stride;
+        const uint16_t* high = c + 1 < channels ? low + stride : nullptr;
+        uint32_t word[kCols] = {};
+        if (consecutive && high)
+          for (int j = 0; j < count; ++j) word[j] = low[where[0] + j] | uint32_t(high[where[0] + j]) << 16;
+        else
+          for (int j = 0; j < count; ++j) word[j] = low[where[j]] | uint32_t(high ? high[where[j]] : 0) << 16;
+        std::memcpy(data.data() + int64_t(c / 2) * kCols, word, sizeof word);
+      }
+    }
+    if (p.mask) hide_masked(p, batch, words);
+    Vec square[kVecs] = {};
+    if (p.l2)
+      for (int c = 0; c < words; ++c)
+        for (int v = 0; v < kVecs; ++v) {
+          VecI word;
+          std::memcpy(&word, data.data() + c * kCols + v * kLanes, sizeof word);
+          const VecI low_bits = word << 16, high_bits = word & int32_t(0xffff0000);
+          Vec low, high;
+          std::memcpy(&low, &low_bits, sizeof low);
+          std::memcpy(&high, &high_bits, sizeof high);
+          square[v] += low * low + high * high;
+        }
+    for (int v = 0; v < kVecs; ++v) store(bias + v * kLanes, -p.scale * square[v]);
+    for (int j = count; j < kCols; ++j) bias[j] = -kInf;
+    if (p.mask) hide_bias(p, batch);
+  }
+
   void hide_masked(const Problem& p, int64_t batch, int channels) {
     for (int j = 0; j < count; ++j)
       if (!visible(p, batch, j))

@@ -27,7 +27,8 @@ struct PackedQueries {
   float* data = nullptr;
   float* norms = nullptr;
   int64_t blocks = 0;  // per batch entry
-  int depth = 0;       // packed channels
+  int depth = 0;       // packed channels, or pairs of them
+  bool pairs = false;  // bfloat16 keys stay as they are; set to allow it, then `layout` decides
 };
 
 struct Values {

@@ -7,16 +7,18 @@
 namespace vosops::VOSOPS_ISA {
 
 // Scores of query block `block` against `panel`, prior included.
+template <bool Pairs = false>
 inline __attribute__((always_inline)) void score_tile(const Problem& p, const PackedQueries& packed,
                                                       int64_t batch, int64_t block, const Panel& panel,
                                                       Tile& s) {
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) s[r][v] = Vec{};
   const float* a = packed.data + (batch * packed.blocks + block) * int64_t(packed.depth) * kRows;
-  multiply(a, 1, kRows, panel.data.data(), packed.depth, s);
+  multiply<Pairs>(a, 1, kRows, panel.data.data(), packed.depth, s);
+  const float factor = Pairs ? (p.l2 ? 2 * p.scale : p.scale) : 1;
   for (int v = 0; v < kVecs; ++v) {
     const Vec bias = load(panel.bias + v * kLanes);
-    for (int r = 0; r < kRows; ++r) s[r][v] += bias;
+    for (int r = 0; r < kRows; ++r) s[r][v] = Pairs ? s[r][v] * factor + bias : s[r][v] + bias;
   }
   if (p.precision) {
     const BlockCells cells(p, block);

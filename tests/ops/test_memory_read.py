@@ -173,6 +173,25 @@ def test_strides(name: str, top_k: int | None, dtype: torch.dtype, isa: str) -> 
     torch.testing.assert_close(vosops.memory_read(**moved, top_k=top_k), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 32, 33])
+@pytest.mark.parametrize("name", ["contiguous", "channels_last", "strided", "crop"])
+@pytest.mark.parametrize("variant", ["dot", "l2"])
+def test_bfloat16_keys_on_both_sides(variant: str, name: str, channels: int, isa: str) -> None:
+    """Multiplied in pairs where the CPU can: products are exact, so only the sum's order differs."""
+    arguments = problem(variant, mask=True, channels=channels, dtype=torch.bfloat16)
+    del arguments["memory_value"]
+    for key in ("query_key", "memory_key"):
+        if name != "contiguous":
+            arguments[key] = layouts(arguments[key], name)
+    arguments["memory_key"][~arguments["memory_mask"][:, None].expand_as(arguments["memory_key"])] = torch.nan
+    match = vosops.memory_match(**arguments, top_k=7)
+    check_match(match, scores64(arguments), 7, band=2e-5)
+    arguments["query_key"][1, 0, 2, 3] = torch.nan
+    weights = vosops.memory_match(**arguments, top_k=7).weights.unflatten(1, (5, 9))
+    assert weights[1, 2, 3].isnan().all()
+    assert weights.isnan().sum() == 7
+
+
 def test_position_major_values_of_several_objects(isa: str) -> None:
     """MemoryBank's layout: the channels of all objects contiguous at each position."""
     arguments = problem("l2", objects=3, value_channels=70)
