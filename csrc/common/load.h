@@ -23,13 +23,6 @@ inline float bfloat16_to_float(uint16_t bits) {
   return value;
 }
 
-inline uint16_t float_to_bfloat16(float value) {  // to nearest even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // Loads element `offset` as float.
 template <DType T>
 struct Loader;

@@ -34,12 +34,6 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec set1(float x) { return x - Vec{}; }           // minus 0 folds away, plus 0 would not
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
-inline Vec iota() {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = float(i);
-  return v;
-}
-
 // One bit per lane where !(a <= b): a NaN counts as greater, so that it is seen and not lost.
 inline uint32_t not_below(Vec a, Vec b) {
 #if defined(__AVX512F__)
