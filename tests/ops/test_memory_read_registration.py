@@ -212,7 +212,7 @@ def test_a_forced_backend_never_falls_back() -> None:
     done = run_python(code, VOSOPS_BACKEND="cpu", VOSOPS_DISABLE_EXT="1")
     assert "backend 'cpu' was asked for but cannot serve this call: switched off" in done.stderr
     with (
-        pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'gpu'"),
+        pytest.raises(ValueError, match="backend must be one of cuda, cpu, triton, reference, got 'gpu'"),
         vosops.use_backend("gpu"),
     ):
         pass

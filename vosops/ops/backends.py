@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import crossovers
+
 # Best first. `reference` serves every call, so it ends the list.
-BACKENDS = ("cpu", "reference")
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("cuda", "cpu", "triton", "reference")
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 _forced: str | None = None
 _warned: set[str] = set()
@@ -26,15 +33,18 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
-def _load_cpu_library() -> str | None:
-    """Load the compiled CPU operators; return why that failed, or None."""
+def _load_library(device: str) -> str | None:
+    """Load the compiled operators for "cpu" or "cuda"; return why that failed, or None."""
     if os.environ.get("VOSOPS_DISABLE_EXT", "0") not in ("", "0"):
         return "switched off by VOSOPS_DISABLE_EXT"
-    path = Path(__file__).parent.parent / "_lib" / "libvosops_cpu.so"
+    language, compiler = ("C++", "C++20 compiler") if device == "cpu" else ("CUDA", "CUDA toolkit (nvcc)")
+    if device == "cuda" and torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    path = Path(__file__).parent.parent / "_lib" / f"libvosops_{device}.so"
     if not path.exists():
         return (
-            "the C++ operators were not compiled when vosops was installed "
-            "(install a C++20 compiler, then run: pip install --force-reinstall --no-deps vosops)"
+            f"the {language} operators were not compiled when vosops was installed "
+            f"(install a {compiler}, then run: pip install --force-reinstall --no-deps vosops)"
         )
     try:
         torch.ops.load_library(str(path))
@@ -43,7 +53,21 @@ def _load_cpu_library() -> str | None:
     return None
 
 
-_cpu_library_error = _load_cpu_library()
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _triton_error() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+_cpu_library_error = _load_library("cpu")
+_cuda_library_error = _load_library("cuda")
 
 
 def build_module() -> ModuleType | None:
@@ -56,36 +80,60 @@ def build_module() -> ModuleType | None:
         return None
 
 
+def _unavailable(backend: str) -> str | None:
+    """Why `backend` can serve no call at all in this process."""
+    if backend == "cpu":
+        return _cpu_library_error
+    if backend == "triton":
+        return _triton_error()
+    if backend == "cuda":
+        return _cuda_library_error or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+    return None
+
+
 def reasons_against(backend: str, tensors: dict[str, Tensor]) -> list[str]:
     """Every reason why `backend` cannot serve a call on `tensors` (name -> tensor); empty if it can."""
     if backend == "reference":
         return []
-    reasons = [_cpu_library_error] if _cpu_library_error else []
+    unavailable = _unavailable(backend)
+    reasons = [unavailable] if unavailable else []
+    device = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
     for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            reasons.append(f"{name} is on {tensor.device}, the backend runs on the CPU")
-        if tensor.is_floating_point() and tensor.dtype not in _CPU_DTYPES:
-            reasons.append(f"{name} has dtype {tensor.dtype}, it serves float32, bfloat16, float16")
+        if tensor.device.type != device:
+            runs = "the CPU" if device == "cpu" else "CUDA devices"
+            reasons.append(f"{name} is on {tensor.device}, the backend runs on {runs}")
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES[backend]:
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
+            reasons.append(f"{name} has dtype {tensor.dtype}, it serves {served}")
     return reasons
 
 
-def choose(operator: str, tensors: dict[str, Tensor]) -> str:
+Limits = Callable[[str], list[str]]
+"""Backend -> the operator's own reasons why it cannot serve the call."""
+
+
+def choose(operator: str, tensors: dict[str, Tensor], limits: Limits) -> str:
     """The backend that serves `operator` on `tensors`.
 
     Raises:
         BackendError: a backend was forced (`use_backend`, `VOSOPS_BACKEND`) and cannot serve the call.
     """
     if _forced is not None:
-        reasons = reasons_against(_forced, tensors)
+        reasons = reasons_against(_forced, tensors) + limits(_forced)
         if reasons:
             raise BackendError(
                 f"{operator}: backend '{_forced}' was asked for but cannot serve this call: "
                 + "; ".join(reasons)
             )
         return _forced
+    device = next(iter(tensors.values())).device.type
     passed_over: list[str] = []
     for backend in BACKENDS:
-        reasons = reasons_against(backend, tensors)
+        if backend in ("cpu", "cuda", "triton") and (backend == "cpu") != (device == "cpu"):
+            continue
+        reasons = reasons_against(backend, tensors) + limits(backend)
+        if not reasons and backend == "cuda" and not crossovers.prefers_cuda(operator, tensors):
+            reasons = ["no measurement prefers it here"]
         if not reasons:
             break
         passed_over.append(f"{backend}: {'; '.join(reasons)}")
@@ -113,7 +161,7 @@ def use_backend(backend: str) -> Iterator[None]:
     A call that the backend cannot serve raises `BackendError` with every reason; nothing falls back.
 
     Args:
-        backend: "cpu" or "reference".
+        backend: "cpu", "triton", "cuda" or "reference".
 
     Example:
         >>> with vosops.use_backend("reference"):
@@ -130,12 +178,15 @@ def use_backend(backend: str) -> Iterator[None]:
 def backend_report() -> dict[str, str]:
     """Backend -> "available", or the reason why it is not."""
     build = build_module()
-    cpu = "available" + (f" ({build.cpu_isa()})" if build else "")
+    details = {
+        "cpu": f" ({build.cpu_isa()})" if build else "",
+        "triton": " (interpreted, on CPU tensors)" if interpreted() else "",
+        "cuda": "" if crossovers.MEASURED else " when forced: not measured against triton yet",
+        "reference": "",
+    }
     return {
-        "cpu": f"not available: {_cpu_library_error}" if _cpu_library_error else cpu,
-        "triton": "not available: this version has no GPU kernels; CUDA tensors use reference",
-        "cuda": "not available: this version has no GPU kernels; CUDA tensors use reference",
-        "reference": "available",
+        backend: f"not available: {reason}" if (reason := _unavailable(backend)) else f"available{detail}"
+        for backend, detail in details.items()
     }
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..priors import CenterPrior, MaskPrior, Prior
-from . import native, reference
+from . import limits, reference
+from .native import Kernels
 from .problem import (
     Match,
     Scores,
@@ -26,7 +26,13 @@ from .problem import (
     mask_log_prior,
 )
 
-_IMPLEMENTATIONS = {"cpu": native, "reference": reference}
+_COMPILED = Kernels("")
+_IMPLEMENTATIONS: dict[str, Any] = {
+    "cpu": _COMPILED,
+    "cuda": _COMPILED,
+    "triton": Kernels("triton_"),
+    "reference": reference,
+}
 
 
 def memory_read(
@@ -102,7 +108,7 @@ def memory_read(
         kept = None  # all of them: the dense read, which keeps no list
     if prior is not None:
         p = check_prior(p, prior)
-    implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value})
+    implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value}, kept)
     dtype = torch.promote_types(query_key.dtype, memory_value.dtype)
     usage = None
     with _full_precision(query_key.device):
@@ -155,7 +161,7 @@ def memory_match(
     kept = check_top_k(top_k)
     if prior is not None:
         p = check_prior(p, prior)
-    implementation = _implementation("memory_match", p.tensors())
+    implementation = _implementation("memory_match", p.tensors(), kept)
     with _full_precision(query_key.device):
         if prior is not None:
             p = _with_prior(p, prior, implementation)
@@ -187,7 +193,7 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
     batch, device = match.indices.shape[0], match.indices.device
     check_value(memory_value, batch, None, device)
     tensors = {"match.weights": match.weights, "memory_value": memory_value}
-    implementation = _implementation("memory_gather", tensors)
+    implementation = _implementation("memory_gather", tensors, 0)
     with _full_precision(device):
         read = implementation.gather(match.indices, match.weights, memory_value, dtype or memory_value.dtype)
     return read.unflatten(-1, match.query_shape)
@@ -200,11 +206,14 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _implementation(operator: str, tensors: dict[str, Tensor]) -> ModuleType:
-    return _IMPLEMENTATIONS[backends.choose(operator, tensors)]
+def _implementation(operator: str, tensors: dict[str, Tensor], top_k: int | None) -> Any:
+    def reasons(backend: str) -> list[str]:
+        return limits.reasons_against(backend, tensors, top_k)
+
+    return _IMPLEMENTATIONS[backends.choose(operator, tensors, reasons)]
 
 
-def _with_prior(p: Scores, prior: Prior, implementation: ModuleType) -> Scores:
+def _with_prior(p: Scores, prior: Prior, implementation: Any) -> Scores:
     """The scores with the prior's centres and precisions, which are constants for autograd."""
     precision = kernel_precision(p, prior)  # [B, M]
     if isinstance(prior, CenterPrior):

@@ -30,6 +30,7 @@ def scores_from(
 
 
 # A backward pass may run inside autocast, which would lower these products.
+@torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query key, memory key, shrinkage and selection (empty where absent), float32."""

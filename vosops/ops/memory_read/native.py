@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled backend: the same four functions as reference.py, on the operators of schema.py."""
+"""The same four functions as reference.py, on the operators of schema.py: compiled (C++, CUDA) or Triton."""
 
 from __future__ import annotations
 
@@ -7,27 +7,39 @@ import torch
 from torch import Tensor
 
 from .problem import Scores
-from .schema import scores_arguments
-
-_ops = torch.ops.vosops
+from .schema import operator, scores_arguments
 
 
-def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
-    return _ops.memory_match(*scores_arguments(p), top_k)  # type: ignore[no-any-return]
+class Kernels:
+    """The functions of one family of operators.
 
+    Args:
+        family: "" for the compiled libraries, "triton_" for Triton.
+    """
 
-def gather(indices: Tensor, weights: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    return _ops.memory_gather(indices.contiguous(), weights.contiguous(), value).to(dtype)  # type: ignore[no-any-return]
+    def __init__(self, family: str) -> None:
+        self.family = family
 
+    def match(self, p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
+        return operator(self.family, "memory_match")(*scores_arguments(p), top_k)  # type: ignore[no-any-return]
 
-def read(p: Scores, value: Tensor, dtype: torch.dtype, return_usage: bool) -> tuple[Tensor, Tensor | None]:
-    result, lse = _ops.memory_read_dense(*scores_arguments(p), value)
-    with torch.no_grad():
-        usage = _ops.memory_usage(*scores_arguments(p), lse) if return_usage else None
-    return result.to(dtype), usage
+    def gather(self, indices: Tensor, weights: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+        read = operator(self.family, "memory_gather")(indices.contiguous(), weights.contiguous(), value)
+        return read.to(dtype)  # type: ignore[no-any-return]
 
+    def read(
+        self, p: Scores, value: Tensor, dtype: torch.dtype, return_usage: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        result, lse = operator(self.family, "memory_read_dense")(*scores_arguments(p), value)
+        usage = None
+        if return_usage:
+            with torch.no_grad():
+                usage = operator(self.family, "memory_usage")(*scores_arguments(p), lse)
+        return result.to(dtype), usage
 
-def best_query(p: Scores, log_prior: Tensor | None, gain: Tensor | None) -> Tensor:
-    *tensors, _, _, l2, scale = scores_arguments(p)
-    best: Tensor = _ops.memory_best_query(*tensors, l2, scale, log_prior, gain, p.window or 0)
-    return best
+    def best_query(self, p: Scores, log_prior: Tensor | None, gain: Tensor | None) -> Tensor:
+        *tensors, _, _, l2, scale = scores_arguments(p)
+        best: Tensor = operator(self.family, "memory_best_query")(
+            *tensors, l2, scale, log_prior, gain, p.window or 0
+        )
+        return best

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the memory read's compiled backends cannot serve, beyond device and dtype: one list of reasons."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_TOP_K = 128
+"""Positions a query can keep on the GPU backends."""
+_TRITON_CHANNELS = 256
+_CUDA_CHANNELS = 128
+
+
+def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None) -> list[str]:
+    """Reasons of `backend` against a call on `tensors`; top_k None reads densely, 0 only gathers."""
+    if backend not in ("triton", "cuda"):
+        return []
+    reasons = []
+    key, value = tensors.get("memory_key"), tensors.get("memory_value")
+    if top_k is not None and top_k > LARGEST_TOP_K:
+        reasons.append(f"top_k is {top_k}, it keeps at most {LARGEST_TOP_K}")
+    if key is not None:
+        most = _TRITON_CHANNELS if backend == "triton" else _CUDA_CHANNELS
+        if key.shape[1] > most:
+            reasons.append(f"memory_key has Ck = {key.shape[1]} channels, it serves at most {most}")
+    for name, tensor, first in (("memory_key", key, 2), ("memory_value", value, 3)):
+        if tensor is not None and _runs(tensor, first) > 3:
+            reasons.append(f"{name} has positions that take more than three strides")
+    if backend == "cuda":
+        reasons += _cuda_reasons(tensors, top_k)
+    return reasons
+
+
+def _cuda_reasons(tensors: dict[str, Tensor], top_k: int | None) -> list[str]:
+    reasons = ["it has no dense read, top_k is None"] if top_k is None else []
+    keys = {name: tensors[name].dtype for name in ("query_key", "memory_key", "selection") if name in tensors}
+    if keys and (len(set(keys.values())) > 1 or torch.float32 in keys.values()):
+        found = ", ".join(f"{name} {dtype}" for name, dtype in keys.items())
+        reasons.append(f"keys must all be bfloat16 or all float16, got {found}")
+    value = tensors.get("memory_value")
+    if value is not None and value.dtype == torch.float32:
+        reasons.append("memory_value is float32, it serves bfloat16, float16")
+    return reasons
+
+
+def _runs(tensor: Tensor, first: int) -> int:
+    """Strides that the dimensions from `first` on take once neighbours are merged."""
+    runs, last = 0, 0
+    for size, stride in zip(tensor.shape[first:], tensor.stride()[first:], strict=True):
+        if size == 1:
+            continue
+        runs += not (runs and last == size * stride)
+        last = stride
+    return runs

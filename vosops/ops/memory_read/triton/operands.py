@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers hand to the kernels: pointers, strides and compile-time facts of one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Scores
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Every kernel is launched here, so that a test can see what would be launched without a GPU."""
+    kernel[grid](*arguments, **options)
+
+
+def collapse(tensor: Tensor, first: int) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+    """The dimensions from `first` on as at most three (sizes, strides); None if it takes more."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(tensor.shape[first:], tensor.stride()[first:], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 3:
+        return None
+    padding = 3 - len(sizes)
+    sizes, strides = [1] * padding + sizes, [0] * padding + strides
+    return (sizes[0], sizes[1], sizes[2]), (strides[0], strides[1], strides[2])
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where flattened positions of a tensor lie: `arguments` and FLAT of `scores.offset_of`."""
+
+    arguments: tuple[int, ...]
+    flat: bool
+
+    @staticmethod
+    def of(tensor: Tensor, first: int) -> Positions:
+        collapsed = collapse(tensor, first)
+        if collapsed is None:
+            raise ValueError(f"positions of shape {list(tensor.shape[first:])} take more than three strides")
+        (_, middle, inner), strides = collapsed
+        return Positions((middle, inner, *strides), collapsed[0][:2] == (1, 1))
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The score's operands. `query` and `memory` go to the kernels as they stand, `options` by name."""
+
+    batch: int
+    queries: int
+    memory: int
+    channels: int
+    query: tuple[Any, ...]  # pointer, batch stride, channel stride, position stride; twice
+    memory_side: tuple[Any, ...]  # key, batch stride, channel stride, its positions; mask, shrinkage, ...
+    options: dict[str, Any]
+    precision: str
+
+    @property
+    def block_c(self) -> int:
+        return int(self.options["BLOCK_C"])
+
+    @property
+    def wide(self) -> bool:
+        """Whether products are of float32 operands."""
+        return bool(self.options["DTYPE"] == tl.float32)
+
+    @staticmethod
+    def of(p: Scores) -> Operands:
+        q = p.query_key.flatten(2)
+        e = q if p.selection is None else p.selection.flatten(2)
+        k = p.memory_key
+        positions = Positions.of(k, 2)
+        flat = (p.memory_mask, p.shrinkage, p.centers, p.precision)
+        # Of one number per position: flattening these may copy, which costs nothing beside the keys.
+        mask, shrinkage, centers, precision = (None if x is None else x.flatten(1).contiguous() for x in flat)
+        if mask is not None:
+            mask = mask.view(torch.uint8)
+        if shrinkage is not None:
+            shrinkage = shrinkage.float()
+        same = q.dtype == k.dtype == e.dtype and k.dtype != torch.float32
+        # A square of float16 can overflow it, so with a selection float16 keys are multiplied as float32.
+        narrow = same and not (p.selection is not None and k.dtype == torch.float16)
+        return Operands(
+            batch=k.shape[0],
+            queries=q.shape[2],
+            memory=p.memory,
+            channels=k.shape[1],
+            query=(q, *q.stride(), e, *e.stride()),
+            memory_side=(
+                *(k, k.stride(0), k.stride(1), *positions.arguments),
+                *(k if x is None else x for x in (mask, shrinkage, centers, precision)),
+                p.query_key.shape[-1],
+                p.scale,
+            ),
+            options={
+                "channels": k.shape[1],
+                "BLOCK_C": max(16, triton.next_power_of_2(k.shape[1])),
+                "FLAT": positions.flat,
+                "L2": p.similarity == "l2",
+                "SELECTION": p.selection is not None,
+                "SHRINKAGE": shrinkage is not None,
+                "MASK": mask is not None,
+                "PRIOR": centers is not None,
+                "SPLIT": narrow and p.selection is not None,
+                "DTYPE": TYPES[k.dtype] if narrow else tl.float32,
+                "PRECISION": float32_precision(),
+            },
+            precision=float32_precision(),
+        )
+
+
+def float32_precision() -> str:
+    """How float32 products are made: in three passes, or as tf32 where torch's settings allow it."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def channel_strides(value: Tensor) -> tuple[int, int, int]:
+    """Value channels per object, and the strides of object and channel; one run where they can be merged."""
+    objects, channels = value.shape[1:3]
+    if objects == 1 or value.stride(1) == channels * value.stride(2):
+        return max(1, objects * channels), 0, value.stride(2)
+    return channels, value.stride(1), value.stride(2)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors to fill; what an interpreter pretends to have is small, so that splits are tested."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split(blocks: int, others: int, device: torch.device) -> int:
+    """Parts to cut `blocks` memory blocks into when `others` programs alone would not fill the machine."""
+    return max(1, min(blocks, math.ceil(2 * processors(device) / max(1, others))))
+
+
+Guard = Callable[[torch.device], Any]
+
+
+def on_device(device: torch.device) -> Any:
+    """Launches go to the device of the tensors, whichever is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of the score s_ij in Triton, shared by every kernel of the memory read.
+
+Names: b_ blocks in registers, i_ indices, p_ pointers. Operands of one score tile [BLOCK_Q, BLOCK_M]:
+
+    dot                  s = scale <q, k>
+    l2                   s = scale r (2 <q, k> - |k|^2)
+    l2 with selection    s = scale r (2 <e q, k> - <e, k^2> - sum e q^2)
+
+e q and k^2 of bfloat16 keys have 16 significant bits: they are split into two bfloat16 parts, exactly, so
+that the matrix units round nothing (SPLIT).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT: tl.constexpr):
+    """Element offset of flattened memory positions (outer, middle, inner), 64-bit."""
+    if FLAT:
+        return i_m.to(tl.int64) * s_inner
+    row = i_m // inner
+    return (
+        (row // middle).to(tl.int64) * s_outer
+        + (row % middle).to(tl.int64) * s_middle
+        + (i_m % inner).to(tl.int64) * s_inner
+    )
+
+
+@triton.jit
+def load_query(
+    p_query,
+    sq_channel,
+    sq_position,
+    p_selection,
+    se_channel,
+    se_position,
+    i_q,  # [BLOCK_Q]
+    queries,
+    channels: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SELECTION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The query's side: x (q, or e q), its low part, e, and sum e q^2."""
+    i_c = tl.arange(0, BLOCK_C)
+    inside = (i_q[:, None] < queries) & (i_c[None, :] < channels)
+    rows, columns = i_q.to(tl.int64)[:, None], i_c.to(tl.int64)[None, :]
+    b_query = tl.load(p_query + rows * sq_position + columns * sq_channel, mask=inside, other=0.0)
+    b_x = b_query.to(DTYPE)
+    b_low, b_selection = b_x, b_x
+    b_rest = tl.zeros_like(i_q).to(tl.float32)
+    if SELECTION:
+        b_e = tl.load(p_selection + rows * se_position + columns * se_channel, mask=inside, other=0.0)
+        b_product = b_e.to(tl.float32) * b_query.to(tl.float32)
+        b_rest = tl.sum(b_product * b_query.to(tl.float32), 1)
+        b_x = b_product.to(DTYPE)
+        b_selection = b_e.to(DTYPE)
+        if SPLIT:
+            b_low = (b_product - b_x.to(tl.float32)).to(DTYPE)
+    return b_x, b_low, b_selection, b_rest
+
+
+@triton.jit
+def load_memory(
+    p_key,
+    sk_channel,
+    at,  # [BLOCK_M] of `offset_of`
+    p_mask,
+    p_shrinkage,
+    i_m,  # [BLOCK_M]
+    end,
+    scale,
+    channels: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MASK: tl.constexpr,
+    SHRINKAGE: tl.constexpr,
+):
+    """The memory's side: keys [BLOCK_C, BLOCK_M], scale r, and which positions may match."""
+    i_c = tl.arange(0, BLOCK_C)
+    valid = i_m < end
+    if MASK:
+        valid = valid & (tl.load(p_mask + i_m, mask=valid, other=0) != 0)
+    # What never matches is read as 0, so that its NaN cannot spread.
+    inside = (i_c[:, None] < channels) & valid[None, :]
+    b_key = tl.load(p_key + at[None, :] + i_c.to(tl.int64)[:, None] * sk_channel, mask=inside, other=0.0)
+    b_gain = tl.zeros_like(i_m).to(tl.float32) + scale
+    if SHRINKAGE:
+        b_gain = b_gain * tl.load(p_shrinkage + i_m, mask=valid, other=0.0)
+    return b_key, b_gain, valid
+
+
+@triton.jit
+def score(
+    b_x,
+    b_low,
+    b_selection,
+    b_rest,
+    b_key,
+    b_gain,
+    L2: tl.constexpr,
+    SELECTION: tl.constexpr,
+    SHRINKAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scaled scores [BLOCK_Q, BLOCK_M] without a prior."""
+    b_k = b_key.to(DTYPE)
+    b_score = tl.dot(b_x, b_k, input_precision=PRECISION)
+    if SELECTION:
+        if SPLIT:
+            b_score = tl.dot(b_low, b_k, b_score, input_precision=PRECISION)
+        b_wide = b_key.to(tl.float32)
+        b_square = b_wide * b_wide
+        b_high = b_square.to(DTYPE)
+        b_weighted = tl.dot(b_selection, b_high, input_precision=PRECISION)
+        if SPLIT:
+            b_rounding = (b_square - b_high.to(tl.float32)).to(DTYPE)
+            b_weighted = tl.dot(b_selection, b_rounding, b_weighted, input_precision=PRECISION)
+        b_score = (2 * b_score - b_weighted - b_rest[:, None]) * b_gain[None, :]
+    elif L2:
+        b_wide = b_key.to(tl.float32)
+        b_norm = tl.sum(b_wide * b_wide, 0)
+        b_score = (2 * b_score - b_norm[None, :]) * b_gain[None, :]
+    else:
+        b_score = b_score * b_gain[None, :]
+    return b_score
+
+
+@triton.jit
+def with_prior(b_score, p_centers, p_precision, i_q, i_m, valid, width):
+    """Adds the Gaussian: minus precision_j |x_i - c_j|^2."""
+    b_row = tl.load(p_centers + 2 * i_m.to(tl.int64), mask=valid, other=0.0)
+    b_column = tl.load(p_centers + 2 * i_m.to(tl.int64) + 1, mask=valid, other=0.0)
+    b_precision = tl.load(p_precision + i_m, mask=valid, other=0.0)
+    b_down = (i_q // width).to(tl.float32)[:, None] - b_row[None, :]
+    b_across = (i_q % width).to(tl.float32)[:, None] - b_column[None, :]
+    return b_score - (b_down * b_down + b_across * b_across) * b_precision[None, :]
+
+
+@triton.jit
+def masked(b_score, valid):
+    return tl.where(valid[None, :], b_score, float("-inf"))
