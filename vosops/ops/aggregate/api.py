@@ -38,8 +38,10 @@ def soft_aggregate(probabilities: Tensor) -> Tensor:
     check_tensor("probabilities", probabilities, layout="(B, O, H, W)")
     check_rank("probabilities", probabilities, 2, "(B, O, H, W)")
     backend = backends.choose("soft_aggregate", {"probabilities": probabilities}, _limits)
-    return (native if backend == "cpu" else reference).soft_aggregate(probabilities)
+    if backend == "reference":
+        return reference.soft_aggregate(probabilities)
+    return native.soft_aggregate(probabilities, "triton_" if backend == "triton" else "")
 
 
 def _limits(backend: str) -> list[str]:
-    return ["it has no soft_aggregate"] if backend in ("triton", "cuda") else []
+    return ["it has no soft_aggregate"] if backend == "cuda" else []

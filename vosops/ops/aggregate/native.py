@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled backend of soft aggregation."""
+"""Soft aggregation on the operators of schema.py: compiled (C++) or Triton."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import schema  # noqa: F401  defines the operator
+from .schema import operator
 
 
-def soft_aggregate(probabilities: Tensor) -> Tensor:
-    logits: Tensor = torch.ops.vosops.soft_aggregate(probabilities)
+def soft_aggregate(probabilities: Tensor, family: str) -> Tensor:
+    logits: Tensor = operator(family, "soft_aggregate")(probabilities)
     shape = (logits.shape[0], logits.shape[1], *probabilities.shape[2:])
     return logits.view(shape).to(probabilities.dtype)

@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""soft_aggregate's torch.library operators: schemas, fake kernels and gradient. Torch only."""
+"""soft_aggregate's torch.library operators: schemas, fake kernels and gradient. Torch only.
+
+As for the memory read there are two families: compiled libraries, and Triton with the prefix "triton_".
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("vosops", "FRAGMENT")
-_library.define("soft_aggregate(Tensor probabilities) -> Tensor")
-_library.define("soft_aggregate_backward(Tensor grad, Tensor probabilities) -> Tensor")
+FAMILIES = ("", "triton_")
 
 
-@torch.library.register_fake("vosops::soft_aggregate")
-def _(probabilities: Tensor) -> Tensor:
+def operator(family: str, name: str) -> Any:
+    return getattr(torch.ops.vosops, family + name)
+
+
+def _fake_forward(probabilities: Tensor) -> Tensor:
     flat = probabilities.flatten(2)
     return flat.new_empty((flat.shape[0], flat.shape[1] + 1, flat.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake("vosops::soft_aggregate_backward")
-def _(grad: Tensor, probabilities: Tensor) -> Tensor:
+def _fake_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
     return probabilities.flatten(2).new_empty(probabilities.flatten(2).shape, dtype=torch.float32)
 
 
@@ -28,10 +34,34 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+def _gradient(ctx: Any, grad: Tensor, family: str) -> Tensor:
     (probabilities,) = ctx.saved_tensors
-    result: Tensor = torch.ops.vosops.soft_aggregate_backward(grad.contiguous(), probabilities)
+    result: Tensor = operator(family, "soft_aggregate_backward")(grad.contiguous(), probabilities)
     return result.view(probabilities.shape).to(probabilities.dtype)
 
 
-torch.library.register_autograd("vosops::soft_aggregate", _gradient, setup_context=_context)
+def _triton(name: str) -> Callable[..., Any]:
+    """The kernel launcher of an operator; importing vosops needs torch only."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(".triton", __package__), name)(*arguments)
+
+    return call
+
+
+_library = torch.library.Library("vosops", "FRAGMENT")
+for _family in FAMILIES:
+    for _name, _signature, _fake in (
+        ("soft_aggregate", "(Tensor probabilities) -> Tensor", _fake_forward),
+        ("soft_aggregate_backward", "(Tensor grad, Tensor probabilities) -> Tensor", _fake_backward),
+    ):
+        _library.define(f"{_family}{_name}{_signature}")
+        torch.library.register_fake(f"vosops::{_family}{_name}", _fake)
+        if _family:
+            for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
+                _library.impl(_family + _name, _triton(_name), _device)
+    torch.library.register_autograd(
+        f"vosops::{_family}soft_aggregate",
+        functools.partial(_gradient, family=_family),
+        setup_context=_context,
+    )

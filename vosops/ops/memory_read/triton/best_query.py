@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch, on_device
 from ..problem import Scores
-from .operands import Operands, launch, on_device
+from .operands import Operands, column_tile
 from .scores import load_memory, load_query, masked, offset_of, score
 
 
@@ -73,16 +74,16 @@ def best_query(p: Scores, log_prior: Tensor | None, gain: Tensor | None, window:
     if o.queries == 0 or best.numel() == 0:
         return best
     weighted = log_prior is not None and gain is not None
-    block = 64 if o.block_c <= 128 and not o.wide else 32
+    block_q, block_m, warps = column_tile(o)
     with on_device(device):
         launch(
             best_query_kernel,
-            (triton.cdiv(o.memory, block), o.batch),
+            (triton.cdiv(o.memory, block_m), o.batch),
             *o.query, *o.memory_side, o.queries, o.memory,
             log_prior.float().contiguous() if log_prior is not None else best,
             gain.float().contiguous() if gain is not None else best,
             window // 2, best,
-            **o.options, LOG_PRIOR=weighted, WINDOW=window > 0, BLOCK_Q=64, BLOCK_M=block,
-            num_warps=4, num_stages=2,
+            **o.options, LOG_PRIOR=weighted, WINDOW=window > 0, BLOCK_Q=block_q, BLOCK_M=block_m,
+            num_warps=warps, num_stages=2,
         )  # fmt: skip
     return best

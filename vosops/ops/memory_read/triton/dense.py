@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch, on_device, split
 from ..problem import Scores
-from .operands import TYPES, Operands, Positions, channel_strides, launch, on_device, split
+from .operands import TYPES, Operands, Positions, channel_strides, column_tile
 from .scores import load_memory, load_query, masked, offset_of, score, with_prior
 
 
@@ -218,13 +219,13 @@ def usage(p: Scores, lse: Tensor) -> Tensor:
     result = torch.zeros(o.batch, o.memory, dtype=torch.float32, device=lse.device)
     if lse.numel() == 0:
         return result
-    block = 64 if o.block_c <= 128 else 32
+    block_q, block_m, warps = column_tile(o)
     with on_device(lse.device):
         launch(
             usage_kernel,
-            (triton.cdiv(o.memory, block), o.batch),
+            (triton.cdiv(o.memory, block_m), o.batch),
             *o.query, *o.memory_side, o.queries, o.memory, lse, result,
-            **o.options, BLOCK_Q=block, BLOCK_M=block, num_warps=4, num_stages=2,
+            **o.options, BLOCK_Q=block_q, BLOCK_M=block_m, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return result
 

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch, on_device, split
 from ..problem import Scores
 from .gather import value_gradient
-from .operands import TYPES, Operands, Positions, channel_strides, launch, on_device, split
+from .operands import TYPES, Operands, Positions, channel_strides
 from .scores import load_memory, load_query, masked, offset_of, score, with_prior
 
 
@@ -252,8 +253,8 @@ def backward(
     positions = Positions.of(value, 3)
     narrow = value.dtype == p.query_key.dtype
     value_dtype = TYPES[value.dtype if narrow else torch.float32]
-    block = 32 if o.wide or o.block_c > 128 else 64
-    block_v = min(64 if value_dtype != tl.float32 else 32, max(16, triton.next_power_of_2(value_width)))
+    block, most_v, warps = _tile(o, value_dtype != tl.float32)
+    block_v = min(most_v, max(16, triton.next_power_of_2(value_width)))
     scores = (*o.query, *o.memory_side, o.queries, o.memory)
     per_object, s_object, s_channel = channel_strides(value)
     values = (value, per_object, value.stride(0), s_object, s_channel, *positions.arguments)
@@ -270,18 +271,23 @@ def backward(
                 value_kernel,
                 (blocks, triton.cdiv(value_width, wide_v), o.batch),
                 *scores, grad, lse, grad_value, value_width,
-                **options, BLOCK_V=wide_v, num_warps=4, num_stages=2,
+                **options, BLOCK_V=wide_v, num_warps=warps, num_stages=2,
             )  # fmt: skip
         launch(
             memory_kernel,
             (blocks, o.batch),
             *scores, *values, grad, lse, delta, right, bias, value_width, depth,
-            **options, VALUE_FLAT=positions.flat, BLOCK_V=block_v, num_warps=4, num_stages=2,
+            **options, VALUE_FLAT=positions.flat, BLOCK_V=block_v, num_warps=warps, num_stages=2,
         )  # fmt: skip
         launch(
             query_kernel,
             (triton.cdiv(o.queries, block), parts * o.batch),
             *scores, *values, grad, lse, delta, left, value_width, depth, o.batch, span,
-            **options, VALUE_FLAT=positions.flat, BLOCK_V=block_v, num_warps=4, num_stages=2,
+            **options, VALUE_FLAT=positions.flat, BLOCK_V=block_v, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return left.sum(0), right, bias, grad_value
+
+
+def _tile(o: Operands, narrow: bool) -> tuple[int, int, int]:
+    """(BLOCK_Q and BLOCK_M, BLOCK_V, warps)."""
+    return 32 if o.wide or o.block_c > 128 else 64, 64 if narrow else 32, 8 if o.block_c > 64 else 4

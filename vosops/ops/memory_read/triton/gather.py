@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import Positions, channel_strides, launch, on_device
+from ...launch import launch, on_device
+from .operands import Positions, channel_strides
 from .scores import offset_of
 
 

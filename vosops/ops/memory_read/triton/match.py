@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch, on_device, split
 from ..problem import Scores
-from .operands import Operands, launch, on_device, split
+from .operands import Operands
 from .scores import load_memory, load_query, masked, offset_of, score, with_prior
 
 LIMIT = 128
@@ -94,12 +95,14 @@ def choose_groups(p_maxima, p_groups, groups, chosen, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     i_group = tl.arange(0, BLOCK)
     b_max = tl.load(p_maxima + i_row * groups + i_group, mask=i_group < groups, other=float("-inf"))
-    # Shifted so that comparing needs no sign; 0 lies below every float, for what is no group.
-    b_key = tl.where(i_group < groups, ordered(b_max).to(tl.int64) + 0x80000000, 0)
+    # The sign bit flipped, so that unsigned comparison orders them; 0, for what is no group, is below all.
+    sign = tl.full((), 1, tl.uint32) << 31
+    b_key = ordered(b_max).to(tl.uint32, bitcast=True) ^ sign
+    b_key = tl.where(i_group < groups, b_key, tl.zeros_like(b_key))
     # The chosen-th largest key, bit by bit from the top.
-    bound = tl.zeros((), tl.int64)
+    bound = tl.zeros((), tl.uint32)
     for i_bit in range(32):
-        higher = bound + (tl.full((), 1, tl.int64) << (31 - i_bit))
+        higher = bound | (sign >> i_bit)
         enough = tl.sum((b_key >= higher).to(tl.int32), 0) >= chosen
         bound = tl.where(enough, higher, bound)
     above = b_key > bound
@@ -273,8 +276,11 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
 
 def _tile(o: Operands, group: int) -> tuple[int, int, int]:
     """(BLOCK_Q, BLOCK_M, warps) of a score tile: what fits the registers beside the operands."""
+    selects = bool(o.options["SELECTION"])  # two products at a time
     if o.wide:
-        block_q, block_m, warps = (64, 64, 4) if o.block_c <= 64 else (64, 32, 4)
+        block_q, block_m, warps = (64, 32 if selects or o.block_c > 64 else 64, 4)
+    elif o.block_c <= 128:
+        block_q, block_m, warps = 128, 64 if selects else 128, 8
     else:
-        block_q, block_m, warps = (128, 128, 8) if o.block_c <= 128 else (64, 64, 4)
+        block_q, block_m, warps = 64, 32 if selects else 64, 4
     return block_q, max(block_m, group), warps

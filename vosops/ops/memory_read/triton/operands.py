@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +14,6 @@ from torch import Tensor
 from ..problem import Scores
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Every kernel is launched here, so that a test can see what would be launched without a GPU."""
-    kernel[grid](*arguments, **options)
 
 
 def collapse(tensor: Tensor, first: int) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
@@ -69,7 +62,6 @@ class Operands:
     query: tuple[Any, ...]  # pointer, batch stride, channel stride, position stride; twice
     memory_side: tuple[Any, ...]  # key, batch stride, channel stride, its positions; mask, shrinkage, ...
     options: dict[str, Any]
-    precision: str
 
     @property
     def block_c(self) -> int:
@@ -121,7 +113,6 @@ class Operands:
                 "DTYPE": TYPES[k.dtype] if narrow else tl.float32,
                 "PRECISION": float32_precision(),
             },
-            precision=float32_precision(),
         )
 
 
@@ -130,29 +121,15 @@ def float32_precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def column_tile(o: Operands) -> tuple[int, int, int]:
+    """(BLOCK_Q, BLOCK_M, warps) of kernels that keep a memory block and pass over the queries."""
+    block = 32 if o.wide or o.block_c > 128 else 64
+    return block, block, 8 if o.wide or o.block_c > 64 else 4
+
+
 def channel_strides(value: Tensor) -> tuple[int, int, int]:
     """Value channels per object, and the strides of object and channel; one run where they can be merged."""
     objects, channels = value.shape[1:3]
     if objects == 1 or value.stride(1) == channels * value.stride(2):
         return max(1, objects * channels), 0, value.stride(2)
     return channels, value.stride(1), value.stride(2)
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors to fill; what an interpreter pretends to have is small, so that splits are tested."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def split(blocks: int, others: int, device: torch.device) -> int:
-    """Parts to cut `blocks` memory blocks into when `others` programs alone would not fill the machine."""
-    return max(1, min(blocks, math.ceil(2 * processors(device) / max(1, others))))
-
-
-Guard = Callable[[torch.device], Any]
-
-
-def on_device(device: torch.device) -> Any:
-    """Launches go to the device of the tensors, whichever is current."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("")
