@@ -8,8 +8,8 @@ from torch import Tensor
 
 LARGEST_TOP_K = 128
 """Positions a query can keep on the GPU backends."""
-_TRITON_CHANNELS = 256
-_CUDA_CHANNELS = 128
+LARGEST_CHANNELS = 128
+"""Key channels."""
 
 
 def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None) -> list[str]:
@@ -21,9 +21,10 @@ def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None)
     if top_k is not None and top_k > LARGEST_TOP_K:
         reasons.append(f"top_k is {top_k}, it keeps at most {LARGEST_TOP_K}")
     if key is not None:
-        most = _TRITON_CHANNELS if backend == "triton" else _CUDA_CHANNELS
-        if key.shape[1] > most:
-            reasons.append(f"memory_key has Ck = {key.shape[1]} channels, it serves at most {most}")
+        if key.shape[1] > LARGEST_CHANNELS:
+            reasons.append(
+                f"memory_key has Ck = {key.shape[1]} channels, it serves at most {LARGEST_CHANNELS}"
+            )
     for name, tensor, first in (("memory_key", key, 2), ("memory_value", value, 3)):
         if tensor is not None and _runs(tensor, first) > 3:
             reasons.append(f"{name} has positions that take more than three strides")

@@ -23,16 +23,16 @@ def best_query_kernel(
     queries, memory, p_log_prior, p_position_gain, reach, p_best,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     LOG_PRIOR: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """best [B, M]: the lowest of the queries with the largest score; NaN never wins."""
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_b = tl.program_id(1).to(tl.int64)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
+    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
         p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     if LOG_PRIOR:
         b_position_gain = tl.load(p_position_gain + i_b * memory + i_m, mask=valid, other=0.0)
@@ -44,7 +44,7 @@ def best_query_kernel(
         b_x, b_low, b_e, b_rest = load_query(
             p_query + i_b * sq_batch, sq_channel, sq_position,
             p_selection + i_b * se_batch, se_channel, se_position,
-            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...launch import launch, on_device, split
+from ...launch import capability, launch, on_device, split
 from ..problem import Scores
 from .operands import TYPES, Operands, Positions, channel_strides, column_tile
 from .scores import load_memory, load_query, masked, offset_of, score, with_prior
@@ -29,7 +29,7 @@ def read_kernel(
     p_read, p_lse, value_width, batch, span, so_part, so_query, so_channel,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     VALUE_FLAT: tl.constexpr, VALUE_DTYPE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -44,18 +44,18 @@ def read_kernel(
     b_x, b_low, b_e, b_rest = load_query(
         p_query + i_b * sq_batch, sq_channel, sq_position,
         p_selection + i_b * se_batch, se_channel, se_position,
-        i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+        i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
     )  # fmt: skip
-    at_channel = (i_v // per_object).to(tl.int64) * sv_object + (i_v % per_object).to(tl.int64) * sv_channel
+    at_channel = (i_v // per_object).to(INDEX) * sv_object + (i_v % per_object).to(INDEX) * sv_channel
     b_top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     b_total = tl.zeros((BLOCK_Q,), tl.float32)
     b_read = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + tl.arange(0, BLOCK_M)
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
+        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_key, b_gain, valid = load_memory(
             p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
@@ -71,9 +71,9 @@ def read_kernel(
         b_fade = tl.exp(b_top - b_shift)
         b_total = b_total * b_fade + tl.sum(b_weight, 1)
         b_top = b_new
-        v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT)
+        v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT, INDEX)
         b_value = tl.load(
-            p_value + i_b * sv_batch + v_at[:, None] + at_channel[None, :],
+            p_value + i_b * sv_batch + (v_at[:, None] + at_channel[None, :]),
             mask=valid[:, None] & (i_v < value_width)[None, :], other=0.0,
         )  # fmt: skip
         b_read = tl.dot(
@@ -86,10 +86,10 @@ def read_kernel(
     if PARTS == 1:
         b_lse = tl.where(empty, float("inf"), b_lse)
     p_out = p_read + i_part * so_part + i_b * queries * value_width
-    p_out += i_q.to(tl.int64)[:, None] * so_query + i_v.to(tl.int64)[None, :] * so_channel
+    p_out += i_q.to(INDEX)[:, None] * so_query + i_v.to(INDEX)[None, :] * so_channel
     tl.store(p_out, b_read, mask=(i_q < queries)[:, None] & (i_v < value_width)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(p_lse + (i_part.to(tl.int64) * batch + i_b) * queries + i_q, b_lse, mask=i_q < queries)
+        tl.store(p_lse + (i_part * batch + i_b) * queries + i_q, b_lse, mask=i_q < queries)
 
 
 @triton.jit
@@ -138,16 +138,16 @@ def usage_kernel(
     queries, memory, p_lse, p_usage,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """usage [B, M] = sum over queries of exp(s - lse)."""
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_b = tl.program_id(1).to(tl.int64)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
+    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
         p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     b_usage = tl.zeros((BLOCK_M,), tl.float32)
     for i_q0 in range(0, queries, BLOCK_Q):
@@ -155,7 +155,7 @@ def usage_kernel(
         b_x, b_low, b_e, b_rest = load_query(
             p_query + i_b * sq_batch, sq_channel, sq_position,
             p_selection + i_b * se_batch, se_channel, se_position,
-            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
@@ -171,7 +171,7 @@ def usage_kernel(
 
 def read(p: Scores, value: Tensor) -> tuple[Tensor, Tensor]:
     """(B, O, Cv, Q) float32 and the scores' log-sum-exp (B, Q), +inf where a query can match nothing."""
-    o, device = Operands.of(p), value.device
+    o, device = Operands.of(p, value), value.device
     objects, channels = value.shape[1:3]
     value_width = objects * channels
     result = torch.empty(o.batch, objects, channels, o.queries, dtype=torch.float32, device=device)
@@ -181,7 +181,7 @@ def read(p: Scores, value: Tensor) -> tuple[Tensor, Tensor]:
     positions = Positions.of(value, 3)
     # Weights are rounded to the values' type where the result has it too.
     narrow = value.dtype == p.query_key.dtype
-    block_q, block_m, block_v, warps = _tile(o, value_width, narrow and value.dtype != torch.float32)
+    block_q, block_m, block_v, warps = _tile(o, value, narrow and value.dtype != torch.float32)
     chunks = max(1, triton.cdiv(value_width, block_v))
     blocks = triton.cdiv(o.memory, block_m)
     parts = split(blocks, triton.cdiv(o.queries, block_q) * chunks * o.batch, device)
@@ -235,10 +235,16 @@ def _value_strides(value: Tensor) -> tuple[int, ...]:
     return per_object, value.stride(0), s_object, s_channel
 
 
-def _tile(o: Operands, value_width: int, narrow: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_Q, BLOCK_M, BLOCK_V, warps)."""
-    most = 256 if narrow and o.block_c <= 128 else 128
-    block_v = min(most, max(16, triton.next_power_of_2(value_width)))
-    block_q = 128 if narrow and o.block_c <= 128 else 64
-    block_m = 64 if narrow and not o.wide and o.block_c <= 128 else 32
-    return block_q, block_m, block_v, 8
+def _tile(o: Operands, value: Tensor, narrow: bool) -> tuple[int, int, int, int]:
+    """(BLOCK_Q, BLOCK_M, BLOCK_V, warps): the largest that fit the registers."""
+    selects = bool(o.options["SELECTION"])
+    rows = value.stride(2) == 1  # otherwise addresses take registers too
+    if narrow and not o.wide:
+        large = rows and not selects and capability(value.device)[0] >= 9
+        tile = (128 if large else 64, 64 if rows or not selects else 32, 256 if rows else 128)
+    elif selects:
+        tile = (16, 32, 128)
+    else:
+        tile = (64 if rows and o.block_c <= 64 else 32, 32, 128)
+    width = max(16, triton.next_power_of_2(value.shape[1] * value.shape[2]))
+    return tile[0], tile[1], min(tile[2], width), 8

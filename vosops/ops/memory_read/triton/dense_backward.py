@@ -29,17 +29,17 @@ def value_kernel(
     queries, memory, p_grad, p_lse, p_grad_value, value_width,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, VALUE_DTYPE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """grad_value [B, M, width] = P' grad; grad [B, Q, width]."""
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     i_b = tl.program_id(2).to(tl.int64)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
+    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
         p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     b_out = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for i_q0 in range(0, queries, BLOCK_Q):
@@ -47,7 +47,7 @@ def value_kernel(
         b_x, b_low, b_e, b_rest = load_query(
             p_query + i_b * sq_batch, sq_channel, sq_position,
             p_selection + i_b * se_batch, se_channel, se_position,
-            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
@@ -59,14 +59,14 @@ def value_kernel(
         b_lse = tl.load(p_lse + i_b * queries + i_q, mask=i_q < queries, other=float("inf"))
         b_weight = tl.exp(masked(b_score, valid) - b_lse[:, None])
         b_grad = tl.load(
-            p_grad + (i_b * queries + i_q.to(tl.int64)[:, None]) * value_width + i_v[None, :],
+            p_grad + i_b * queries * value_width + (i_q.to(INDEX)[:, None] * value_width + i_v[None, :]),
             mask=(i_q < queries)[:, None] & (i_v < value_width)[None, :], other=0.0,
         )  # fmt: skip
         b_out = tl.dot(
             tl.trans(b_weight).to(VALUE_DTYPE), b_grad.to(VALUE_DTYPE), b_out, input_precision=PRECISION
         )
     tl.store(
-        p_grad_value + (i_b * memory + i_m.to(tl.int64)[:, None]) * value_width + i_v[None, :],
+        p_grad_value + i_b * memory * value_width + (i_m.to(INDEX)[:, None] * value_width + i_v[None, :]),
         b_out, mask=(i_m < memory)[:, None] & (i_v < value_width)[None, :],
     )  # fmt: skip
 
@@ -74,22 +74,20 @@ def value_kernel(
 @triton.jit
 def score_gradient(
     b_score, valid, i_q, queries, p_lse, p_delta, p_grad, p_value, v_at, per_object, sv_object, sv_channel,
-    value_width, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    value_width, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dS [BLOCK_Q, BLOCK_M] of a score tile; p_lse, p_delta, p_grad, p_value of the batch entry."""
     b_product = tl.zeros((BLOCK_Q, BLOCK_M), tl.float32)
     for i_v0 in range(0, value_width, BLOCK_V):
         i_v = i_v0 + tl.arange(0, BLOCK_V)
-        at_channel = (i_v // per_object).to(tl.int64) * sv_object + (i_v % per_object).to(
-            tl.int64
-        ) * sv_channel
+        at_channel = (i_v // per_object).to(INDEX) * sv_object + (i_v % per_object).to(INDEX) * sv_channel
         b_grad = tl.load(
-            p_grad + i_q.to(tl.int64)[:, None] * value_width + i_v[None, :],
+            p_grad + (i_q.to(INDEX)[:, None] * value_width + i_v[None, :]),
             mask=(i_q < queries)[:, None] & (i_v < value_width)[None, :], other=0.0,
         )  # fmt: skip
         b_value = tl.load(
-            p_value + at_channel[:, None] + v_at[None, :],
+            p_value + (at_channel[:, None] + v_at[None, :]),
             mask=(i_v < value_width)[:, None] & valid[None, :], other=0.0,
         )  # fmt: skip
         b_product = tl.dot(
@@ -111,7 +109,7 @@ def memory_kernel(
     p_grad, p_lse, p_delta, p_right, p_bias, value_width, depth,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     VALUE_FLAT: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -119,11 +117,11 @@ def memory_kernel(
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_b = tl.program_id(1).to(tl.int64)
     i_c = tl.arange(0, BLOCK_C)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
-    v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT)
+    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
+    v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
         p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     b_along = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     b_squared = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -134,7 +132,7 @@ def memory_kernel(
         b_x, b_low, b_e, b_rest = load_query(
             p_query + i_b * sq_batch, sq_channel, sq_position,
             p_selection + i_b * se_batch, se_channel, se_position,
-            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+            i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
@@ -147,7 +145,7 @@ def memory_kernel(
             b_score, valid, i_q, queries, p_lse + i_b * queries, p_delta + i_b * queries,
             p_grad + i_b * queries * value_width, p_value + i_b * sv_batch, v_at,
             per_object, sv_object, sv_channel, value_width,
-            VALUE_DTYPE, PRECISION, BLOCK_Q, BLOCK_M, BLOCK_V,
+            VALUE_DTYPE, PRECISION, INDEX, BLOCK_Q, BLOCK_M, BLOCK_V,
         )  # fmt: skip
         b_ds_t = tl.trans(b_ds).to(DTYPE)
         b_along = tl.dot(b_ds_t, b_x, b_along, input_precision=PRECISION)
@@ -155,7 +153,7 @@ def memory_kernel(
         if SELECTION:
             b_squared = tl.dot(b_ds_t, b_e, b_squared, input_precision=PRECISION)
             b_alone += tl.sum(b_ds * b_rest[:, None], 0)
-    row = (i_b * memory + i_m.to(tl.int64)[:, None]) * depth
+    row = i_b * memory * depth + i_m.to(INDEX)[:, None] * depth
     inside = (i_m < memory)[:, None] & (i_c < channels)[None, :]
     factor = scale
     if L2:
@@ -179,7 +177,7 @@ def query_kernel(
     p_grad, p_lse, p_delta, p_left, value_width, depth, batch, span,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     VALUE_FLAT: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -193,18 +191,18 @@ def query_kernel(
     b_x, b_low, b_e, b_rest = load_query(
         p_query + i_b * sq_batch, sq_channel, sq_position,
         p_selection + i_b * se_batch, se_channel, se_position,
-        i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+        i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
     )  # fmt: skip
     b_along = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     b_squared = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     b_alone = tl.zeros((BLOCK_Q,), tl.float32)
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + tl.arange(0, BLOCK_M)
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
-        v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT)
+        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
+        v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT, INDEX)
         b_key, b_gain, valid = load_memory(
             p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
@@ -217,7 +215,7 @@ def query_kernel(
             b_score, valid, i_q, queries, p_lse + i_b * queries, p_delta + i_b * queries,
             p_grad + i_b * queries * value_width, p_value + i_b * sv_batch, v_at,
             per_object, sv_object, sv_channel, value_width,
-            VALUE_DTYPE, PRECISION, BLOCK_Q, BLOCK_M, BLOCK_V,
+            VALUE_DTYPE, PRECISION, INDEX, BLOCK_Q, BLOCK_M, BLOCK_V,
         )  # fmt: skip
         if SHRINKAGE:
             b_ds = b_ds * tl.load(p_shrinkage + i_b * memory + i_m, mask=valid, other=0.0)[None, :]
@@ -227,7 +225,7 @@ def query_kernel(
             b_square = (b_wide * b_wide).to(DTYPE)
             b_squared = tl.dot(b_ds.to(DTYPE), tl.trans(b_square), b_squared, input_precision=PRECISION)
             b_alone += tl.sum(b_ds, 1)
-    row = (i_part.to(tl.int64) * batch + i_b) * queries + i_q
+    row = (i_part * batch + i_b) * queries + i_q
     inside = (i_q < queries)[:, None] & (i_c < channels)[None, :]
     p_row = p_left + row[:, None] * depth + i_c[None, :]
     tl.store(p_row, b_along, mask=inside)
@@ -240,7 +238,7 @@ def backward(
     p: Scores, value: Tensor, grad_read: Tensor, delta: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_left (B, Q, depth), grad_right (B, M, depth), grad_bias (B, M), grad_value (B, O, Cv, M)."""
-    o, device = Operands.of(p), value.device
+    o, device = Operands.of(p, value, grad_read), value.device
     objects, value_channels = value.shape[1:3]
     value_width = objects * value_channels
     depth = 2 * o.channels + 1 if p.selection is not None else o.channels
@@ -253,15 +251,15 @@ def backward(
     positions = Positions.of(value, 3)
     narrow = value.dtype == p.query_key.dtype
     value_dtype = TYPES[value.dtype if narrow else torch.float32]
-    block, most_v, warps = _tile(o, value_dtype != tl.float32)
+    block_q, block_m, most_v, warps = _tile(o, value_dtype != tl.float32)
     block_v = min(most_v, max(16, triton.next_power_of_2(value_width)))
     scores = (*o.query, *o.memory_side, o.queries, o.memory)
     per_object, s_object, s_channel = channel_strides(value)
     values = (value, per_object, value.stride(0), s_object, s_channel, *positions.arguments)
-    options = {**o.options, "VALUE_DTYPE": value_dtype, "BLOCK_Q": block, "BLOCK_M": block}
-    blocks = triton.cdiv(o.memory, block)
-    parts = split(blocks, triton.cdiv(o.queries, block) * o.batch, device)
-    span = triton.cdiv(blocks, parts) * block
+    options = {**o.options, "VALUE_DTYPE": value_dtype, "BLOCK_Q": block_q, "BLOCK_M": block_m}
+    blocks = triton.cdiv(o.memory, block_m)
+    parts = split(blocks, triton.cdiv(o.queries, block_q) * o.batch, device)
+    span = triton.cdiv(blocks, parts) * block_m
     parts = triton.cdiv(o.memory, span)
     left = lse.new_empty(parts, o.batch, o.queries, depth)
     with on_device(device):
@@ -281,13 +279,15 @@ def backward(
         )  # fmt: skip
         launch(
             query_kernel,
-            (triton.cdiv(o.queries, block), parts * o.batch),
+            (triton.cdiv(o.queries, block_q), parts * o.batch),
             *scores, *values, grad, lse, delta, left, value_width, depth, o.batch, span,
             **options, VALUE_FLAT=positions.flat, BLOCK_V=block_v, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return left.sum(0), right, bias, grad_value
 
 
-def _tile(o: Operands, narrow: bool) -> tuple[int, int, int]:
-    """(BLOCK_Q and BLOCK_M, BLOCK_V, warps)."""
-    return 32 if o.wide or o.block_c > 128 else 64, 64 if narrow else 32, 8 if o.block_c > 64 else 4
+def _tile(o: Operands, narrow: bool) -> tuple[int, int, int, int]:
+    """(BLOCK_Q, BLOCK_M, BLOCK_V, warps)."""
+    if o.wide or not narrow:
+        return 16, 32, 32 if o.block_c <= 64 else 16, 8
+    return (16, 32, 64, 8) if o.options["SELECTION"] else (32, 64, 64, 8)

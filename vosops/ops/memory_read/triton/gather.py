@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...launch import launch, on_device
-from .operands import Positions, channel_strides
+from .operands import Positions, channel_strides, index_type
 from .scores import offset_of
 
 
@@ -21,13 +21,13 @@ def gather_kernel(
     p_indices, p_weights, p_value, p_read,
     queries, kept, memory, width, per_object, s_batch, s_object, s_channel,
     middle, inner, s_outer, s_middle, s_inner,
-    FLAT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """read [B, width, Q] = sum over k of weight * value row; width = O * Cv."""
     i_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_b = tl.program_id(2).to(tl.int64)
-    at_channel = (i_c // per_object).to(tl.int64) * s_object + (i_c % per_object).to(tl.int64) * s_channel
+    at_channel = (i_c // per_object).to(INDEX) * s_object + (i_c % per_object).to(INDEX) * s_channel
     rows = (i_b * queries + i_q) * kept
     p_base = p_value + i_b * s_batch
     b_read = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
@@ -36,9 +36,9 @@ def gather_kernel(
         b_weight = tl.load(p_weights + rows + i_k, mask=i_q < queries, other=0.0)
         inside = (b_index >= 0) & (b_index < memory)
         b_weight = tl.where((b_index < 0) | inside, b_weight, float("nan"))
-        at = offset_of(b_index, middle, inner, s_outer, s_middle, s_inner, FLAT)
+        at = offset_of(b_index, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_value = tl.load(
-            p_base + at[:, None] + at_channel[None, :],
+            p_base + (at[:, None] + at_channel[None, :]),
             mask=inside[:, None] & (i_c < width)[None, :], other=0.0,
         )  # fmt: skip
         b_read += b_weight[:, None] * b_value.to(tl.float32)
@@ -51,7 +51,7 @@ def weight_gradient_kernel(
     p_grad, p_indices, p_value, p_grad_weights,
     queries, kept, memory, width, per_object, s_batch, s_object, s_channel,
     middle, inner, s_outer, s_middle, s_inner,
-    FLAT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad_weights [B, Q, k]: products of the read's gradient [B, Q, width] with the value rows."""
     i_q, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -61,16 +61,14 @@ def weight_gradient_kernel(
         i_k = i_first + tl.arange(0, BLOCK_K)
         b_index = tl.load(p_indices + row * kept + i_k, mask=i_k < kept, other=-1)
         inside = (b_index >= 0) & (b_index < memory)
-        at = offset_of(b_index, middle, inner, s_outer, s_middle, s_inner, FLAT)
+        at = offset_of(b_index, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_sum = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
         for i_c0 in range(0, width, BLOCK_C):
             i_c = i_c0 + tl.arange(0, BLOCK_C)
-            at_channel = (i_c // per_object).to(tl.int64) * s_object + (i_c % per_object).to(
-                tl.int64
-            ) * s_channel
+            at_channel = (i_c // per_object).to(INDEX) * s_object + (i_c % per_object).to(INDEX) * s_channel
             b_grad = tl.load(p_grad + row * width + i_c, mask=i_c < width, other=0.0)
             b_value = tl.load(
-                p_base + at[:, None] + at_channel[None, :],
+                p_base + (at[:, None] + at_channel[None, :]),
                 mask=inside[:, None] & (i_c < width)[None, :], other=0.0,
             )  # fmt: skip
             b_sum += b_grad[None, :] * b_value.to(tl.float32)
@@ -118,7 +116,7 @@ def gather(indices: Tensor, weights: Tensor, value: Tensor) -> Tensor:
             (triton.cdiv(queries, block_q), triton.cdiv(width, block_c), batch),
             indices, weights, value, read, queries, kept, value[0, 0, 0].numel(), width,
             *_strides(value), *positions.arguments,
-            FLAT=positions.flat, BLOCK_Q=block_q, BLOCK_C=block_c, num_warps=4,
+            FLAT=positions.flat, INDEX=index_type(value), BLOCK_Q=block_q, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
     return read
 
@@ -143,7 +141,8 @@ def gather_backward(
             (queries, batch),
             grad, indices, value, grad_weights, queries, kept, memory, width,
             *_strides(value), *positions.arguments,
-            FLAT=positions.flat, BLOCK_K=min(32, triton.next_power_of_2(kept)), BLOCK_C=block_c, num_warps=4,
+            FLAT=positions.flat, INDEX=index_type(value),
+            BLOCK_K=min(32, triton.next_power_of_2(kept)), BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
         if need_value:
             entry = torch.arange(batch, device=indices.device)[:, None, None] * memory

@@ -40,7 +40,7 @@ def group_maxima(
     p_maxima, rows, groups, span,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """maxima [B, rows, groups] of queries first_query + [0, rows); a program takes `span` positions."""
@@ -52,19 +52,19 @@ def group_maxima(
     b_x, b_low, b_e, b_rest = load_query(
         p_query + i_b * sq_batch, sq_channel, sq_position,
         p_selection + i_b * se_batch, se_channel, se_position,
-        i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE,
+        i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
     )  # fmt: skip
     PER_TILE: tl.constexpr = BLOCK_M // GROUP
     # Columns are permuted so that the strided reduction below, the cheap one, covers runs of positions.
     i_column = tl.arange(0, BLOCK_M)
     i_run = (i_column % PER_TILE) * GROUP + i_column // PER_TILE
-    p_row = p_maxima + (i_b * rows + i_row.to(tl.int64)[:, None]) * groups
+    p_row = p_maxima + i_b * rows * groups + i_row[:, None] * groups
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + i_run
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
+        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_key, b_gain, valid = load_memory(
             p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE,
+            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
             b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
@@ -123,7 +123,7 @@ def candidate_scores(
     p_groups, p_scores, rows, chosen,
     channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scores [B * rows, chosen * GROUP] of the positions in the chosen groups of one query, in float32."""
@@ -150,9 +150,9 @@ def candidate_scores(
         valid = given & (i_m < memory)
         if MASK:
             valid = valid & (tl.load(p_mask + i_b * memory + i_m, mask=valid, other=0) != 0)
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT)
+        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_key = tl.load(
-            p_key + i_b * sk_batch + at[:, None] + i_c.to(tl.int64)[None, :] * sk_channel,
+            p_key + i_b * sk_batch + (at[:, None] + i_c.to(INDEX)[None, :] * sk_channel),
             mask=valid[:, None] & inside[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         if SELECTION:
@@ -279,8 +279,6 @@ def _tile(o: Operands, group: int) -> tuple[int, int, int]:
     selects = bool(o.options["SELECTION"])  # two products at a time
     if o.wide:
         block_q, block_m, warps = (64, 32 if selects or o.block_c > 64 else 64, 4)
-    elif o.block_c <= 128:
-        block_q, block_m, warps = 128, 64 if selects else 128, 8
     else:
-        block_q, block_m, warps = 64, 32 if selects else 64, 4
+        block_q, block_m, warps = 128, 64 if selects else 128, 8
     return block_q, max(block_m, group), warps

@@ -73,7 +73,8 @@ class Operands:
         return bool(self.options["DTYPE"] == tl.float32)
 
     @staticmethod
-    def of(p: Scores) -> Operands:
+    def of(p: Scores, *further: Tensor) -> Operands:
+        """Of a call that also reads `further` tensors."""
         q = p.query_key.flatten(2)
         e = q if p.selection is None else p.selection.flatten(2)
         k = p.memory_key
@@ -112,6 +113,7 @@ class Operands:
                 "SPLIT": narrow and p.selection is not None,
                 "DTYPE": TYPES[k.dtype] if narrow else tl.float32,
                 "PRECISION": float32_precision(),
+                "INDEX": index_type(q, e, k, *further),
             },
         )
 
@@ -123,8 +125,19 @@ def float32_precision() -> str:
 
 def column_tile(o: Operands) -> tuple[int, int, int]:
     """(BLOCK_Q, BLOCK_M, warps) of kernels that keep a memory block and pass over the queries."""
-    block = 32 if o.wide or o.block_c > 128 else 64
-    return block, block, 8 if o.wide or o.block_c > 64 else 4
+    selects = bool(o.options["SELECTION"])
+    if o.wide:
+        return 32 if o.block_c <= 64 and not selects else 16, 32, 8
+    return 64, 32 if selects else 64, 4 if o.block_c <= 64 and not selects else 8
+
+
+def index_type(*tensors: Tensor) -> tl.dtype:
+    """What offsets inside one batch entry of every tensor fit into; with room for what masks cut off."""
+    reach = max(
+        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+        for x in tensors
+    )
+    return tl.int32 if reach < 2**31 - 2**24 else tl.int64
 
 
 def channel_strides(value: Tensor) -> tuple[int, int, int]:

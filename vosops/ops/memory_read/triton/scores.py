@@ -8,7 +8,8 @@ Names: b_ blocks in registers, i_ indices, p_ pointers. Operands of one score ti
     l2 with selection    s = scale r (2 <e q, k> - <e, k^2> - sum e q^2)
 
 e q and k^2 of bfloat16 keys have 16 significant bits: they are split into two bfloat16 parts, exactly, so
-that the matrix units round nothing (SPLIT).
+that the matrix units round nothing (SPLIT). INDEX is the type of element offsets inside one batch entry:
+int32, which takes half the registers, or int64 where an operand reaches past 2^31 elements.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import triton.language as tl
 
 
 @triton.jit
-def offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT: tl.constexpr):
-    """Element offset of flattened memory positions (outer, middle, inner), 64-bit."""
+def offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT: tl.constexpr, INDEX: tl.constexpr):
+    """Element offset of flattened memory positions (outer, middle, inner)."""
     if FLAT:
-        return i_m.to(tl.int64) * s_inner
+        return i_m.to(INDEX) * s_inner
     row = i_m // inner
     return (
-        (row // middle).to(tl.int64) * s_outer
-        + (row % middle).to(tl.int64) * s_middle
-        + (i_m % inner).to(tl.int64) * s_inner
+        (row // middle).to(INDEX) * s_outer
+        + (row % middle).to(INDEX) * s_middle
+        + (i_m % inner).to(INDEX) * s_inner
     )
 
 
@@ -45,17 +46,18 @@ def load_query(
     SELECTION: tl.constexpr,
     SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """The query's side: x (q, or e q), its low part, e, and sum e q^2."""
     i_c = tl.arange(0, BLOCK_C)
     inside = (i_q[:, None] < queries) & (i_c[None, :] < channels)
-    rows, columns = i_q.to(tl.int64)[:, None], i_c.to(tl.int64)[None, :]
-    b_query = tl.load(p_query + rows * sq_position + columns * sq_channel, mask=inside, other=0.0)
+    rows, columns = i_q.to(INDEX)[:, None], i_c.to(INDEX)[None, :]
+    b_query = tl.load(p_query + (rows * sq_position + columns * sq_channel), mask=inside, other=0.0)
     b_x = b_query.to(DTYPE)
     b_low, b_selection = b_x, b_x
     b_rest = tl.zeros_like(i_q).to(tl.float32)
     if SELECTION:
-        b_e = tl.load(p_selection + rows * se_position + columns * se_channel, mask=inside, other=0.0)
+        b_e = tl.load(p_selection + (rows * se_position + columns * se_channel), mask=inside, other=0.0)
         b_product = b_e.to(tl.float32) * b_query.to(tl.float32)
         b_rest = tl.sum(b_product * b_query.to(tl.float32), 1)
         b_x = b_product.to(DTYPE)
@@ -79,6 +81,7 @@ def load_memory(
     BLOCK_C: tl.constexpr,
     MASK: tl.constexpr,
     SHRINKAGE: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """The memory's side: keys [BLOCK_C, BLOCK_M], scale r, and which positions may match."""
     i_c = tl.arange(0, BLOCK_C)
@@ -87,7 +90,7 @@ def load_memory(
         valid = valid & (tl.load(p_mask + i_m, mask=valid, other=0) != 0)
     # What never matches is read as 0, so that its NaN cannot spread.
     inside = (i_c[:, None] < channels) & valid[None, :]
-    b_key = tl.load(p_key + at[None, :] + i_c.to(tl.int64)[:, None] * sk_channel, mask=inside, other=0.0)
+    b_key = tl.load(p_key + (at[None, :] + i_c.to(INDEX)[:, None] * sk_channel), mask=inside, other=0.0)
     b_gain = tl.zeros_like(i_m).to(tl.float32) + scale
     if SHRINKAGE:
         b_gain = b_gain * tl.load(p_shrinkage + i_m, mask=valid, other=0.0)
@@ -135,8 +138,8 @@ def score(
 @triton.jit
 def with_prior(b_score, p_centers, p_precision, i_q, i_m, valid, width):
     """Adds the Gaussian: minus precision_j |x_i - c_j|^2."""
-    b_row = tl.load(p_centers + 2 * i_m.to(tl.int64), mask=valid, other=0.0)
-    b_column = tl.load(p_centers + 2 * i_m.to(tl.int64) + 1, mask=valid, other=0.0)
+    b_row = tl.load(p_centers + 2 * i_m, mask=valid, other=0.0)
+    b_column = tl.load(p_centers + (2 * i_m + 1), mask=valid, other=0.0)
     b_precision = tl.load(p_precision + i_m, mask=valid, other=0.0)
     b_down = (i_q // width).to(tl.float32)[:, None] - b_row[None, :]
     b_across = (i_q % width).to(tl.float32)[:, None] - b_column[None, :]
