@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Folders too: their time changes when a file is added or removed.
 BUILT_FROM := $(shell find csrc) setup.py CMakeLists.txt pyproject.toml
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test lint bench format clean FORCE
 

@@ -83,6 +83,8 @@ class Operator:
         groups: group name -> shape names; "standard" is the default of `--shape`, "frames" a sweep.
         case: (shape name, settings, seed) -> the case, its inputs drawn.
         everything: what `--all` runs.
+        cuda_implementations: further ones that there are on CUDA devices only.
+        cuda_everything: what `--all` runs on a CUDA device.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Operator:
     groups: Mapping[str, tuple[str, ...]]
     case: Callable[[str, Settings, int], Case]
     everything: tuple[Job, ...]
+    cuda_implementations: tuple[str, ...] = ()
+    cuda_everything: tuple[Job, ...] = ()
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -40,8 +40,10 @@ class Ceilings:
 
     Args:
         product: operations/s of torch.mm over the shape's key channels, result in cache.
-        peak: the same or, where it is faster, of a convolution, which torch gives to another library (the
-            one behind torch.mm leaves half of some CPUs' vector width unused), in this dtype or in float32.
+        peak: on the CPU the same or, where it is faster, of a convolution, which torch gives to another
+            library (the one behind torch.mm leaves half of some CPUs' vector width unused), in this dtype or
+            in float32. On CUDA a square torch.mm of side 8192; in float32 the better of it as torch is set
+            and a third of its tf32 rate, as three tf32 passes make a float32 product.
         copy: bytes/s, read plus written, of a copy larger than the caches.
     """
 
@@ -114,6 +116,29 @@ def _timing(times: list[float]) -> Timing:
     return Timing(statistics.median(times), cuts[1], cuts[7], len(times))
 
 
+def captured(call: Call) -> tuple[Call, object]:
+    """A CUDA graph of `call`, to be timed without what launching costs.
+
+    Args:
+        call: already warmed up; must not wait for the GPU.
+
+    Returns:
+        (replay, the graph's result, which replaying fills anew and which keeps its memory).
+
+    Raises:
+        RuntimeError: the call does something that a graph cannot hold.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
 def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
     """The most memory that one call held beyond what was held before it, its result included.
 
@@ -172,24 +197,50 @@ def ceilings(key_channels: int, dtype: torch.dtype, device: torch.device, thread
     Args:
         threads: torch.get_num_threads(); part of what is remembered.
     """
+    cuda = device.type == "cuda"
     best = 0.0
-    for rows, columns in ((128, 512), (256, 1024), (512, 1024), (1024, 2048)):
+    sides = ((1024, 4096), (2048, 8192)) if cuda else ((128, 512), (256, 1024), (512, 1024), (1024, 2048))
+    for rows, columns in sides:
         left = torch.randn(rows, key_channels, device=device).to(dtype)
         right = torch.randn(key_channels, columns, device=device).to(dtype)
         result = torch.empty(rows, columns, device=device, dtype=dtype)
         seconds = _best_seconds(lambda a=left, b=right, out=result: torch.mm(a, b, out=out), device)  # type: ignore[misc]
         best = max(best, 2 * rows * columns * key_channels / seconds)
-    image = torch.randn(1, 256, 32, 32, device=device).to(dtype)
-    weight = torch.randn(256, 256, 3, 3, device=device).to(dtype)
-    with torch.no_grad():
-        seconds = _best_seconds(lambda: F.conv2d(image, weight, padding=1), device)
-    peak = max(best, 2 * image.numel() * weight[0].numel() / seconds)
-    if dtype != torch.float32:  # a kernel may widen what the machine has no instructions for
-        peak = max(peak, ceilings(key_channels, torch.float32, device, threads).peak)
-    source = torch.randn(64 << 20, device=device)  # 256 MiB
+    if cuda:
+        peak = max(best, _square_rate(dtype, device))
+        source = torch.randn(512 << 20, device=device)  # 2 GiB
+    else:
+        peak = max(best, _convolution_rate(dtype))
+        if dtype != torch.float32:  # a kernel may widen what the machine has no instructions for
+            peak = max(peak, ceilings(key_channels, torch.float32, device, threads).peak)
+        source = torch.randn(64 << 20, device=device)  # 256 MiB
     target = torch.empty_like(source)
     seconds = _best_seconds(lambda: target.copy_(source), device)
     return Ceilings(best, peak, 2 * source.nbytes / seconds)
+
+
+def _convolution_rate(dtype: torch.dtype) -> float:
+    image = torch.randn(1, 256, 32, 32).to(dtype)
+    weight = torch.randn(256, 256, 3, 3).to(dtype)
+    with torch.no_grad():
+        seconds = _best_seconds(lambda: F.conv2d(image, weight, padding=1), torch.device("cpu"))
+    return 2 * image.numel() * weight[0].numel() / seconds
+
+
+def _square_rate(dtype: torch.dtype, device: torch.device, side: int = 8192) -> float:
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def rate() -> float:
+        return 2 * side**3 / _best_seconds(lambda: torch.mm(left, right), device)
+
+    if dtype != torch.float32:
+        return rate()
+    plain, before = rate(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return max(plain, rate() / 3)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _best_seconds(call: Call, device: torch.device) -> float:
@@ -198,12 +249,18 @@ def _best_seconds(call: Call, device: torch.device) -> float:
     synchronize(device)
     best = float("inf")
     for _ in range(8):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(10):
+                call()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e4)
+            continue
         count, begin = 0, time.perf_counter()
         while count == 0 or time.perf_counter() - begin < 0.02:
             call()
             count += 1
-            if device.type == "cuda" and count >= 20:
-                break
-        synchronize(device)
         best = min(best, (time.perf_counter() - begin) / count)
     return best

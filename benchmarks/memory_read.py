@@ -12,12 +12,24 @@ import torch
 from torch import Tensor
 
 import vosops
+from vosops.ops import backends
+from vosops.ops.memory_read import limits
 
 from . import measure
 from .case import DTYPES, Job, Operator, Settings, relative_error
 from .peers import attention, compiled, eager, smart_eager
 from .shapes import MEMORY_READ, MEMORY_READ_GROUPS, MemoryReadShape
 
+
+def _forced(backend: str) -> Callable[..., Any]:
+    def read(*tensors: Tensor, **options: Any) -> Any:
+        with vosops.use_backend(backend):
+            return vosops.memory_read(*tensors, **options)
+
+    return read
+
+
+_FORCED = {"vosops_triton": "triton", "vosops_cuda": "cuda"}
 _READS: dict[str, Callable[..., Any]] = {
     "vosops": vosops.memory_read,
     "eager": eager.memory_read,
@@ -25,13 +37,17 @@ _READS: dict[str, Callable[..., Any]] = {
     "compiled": compiled.memory_read,
     "sdpa": attention.memory_read_sdpa,
     "flex": attention.memory_read_flex,
+    "compiled_smart": compiled.memory_read_smart,
+    **{name: _forced(backend) for name, backend in _FORCED.items()},
 }
 _DENSE_ONLY = ("sdpa", "flex")
+_SMART = ("smart_eager", "compiled_smart")
 # Relative to the largest element. Low precision rounds the weights and, in the peers, the scores.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 # Two scores this close may be ranked either way in float32.
 _SCORE_BAND, _CENTER_BAND = 1e-4, 1e-6
 _REFERENCE_ELEMENTS = 1 << 24  # Q x M of the float64 reference: 128 MiB a matrix
+_REFERENCE_ELEMENTS_CUDA = 1 << 27  # the same on a GPU: 1 GiB a matrix, several at a time
 
 
 @dataclass(frozen=True)
@@ -146,29 +162,49 @@ class MemoryReadCase:
         }
 
     def refuses(self, implementation: str) -> str | None:
-        if implementation == "smart_eager" and self.shape.top_k is None:
+        if implementation in _SMART and self.shape.top_k is None:
             return "a dense read has nothing to gather"
+        if implementation in _FORCED:
+            return self._refused_by(_FORCED[implementation])
         if implementation in _DENSE_ONLY and self.shape.top_k is not None and self.shape.sigma is not None:
             return "reads densely; timed on the dense shape of this prior"
         low_precision = self.settings.dtype != "float32"
-        if implementation in ("sdpa", "smart_eager") and self.shape.sigma is not None and low_precision:
+        if implementation in ("sdpa", *_SMART) and self.shape.sigma is not None and low_precision:
             return f"its prior in extra key channels does not survive {self.settings.dtype}"
         if implementation == "flex" and self.settings.device.type == "cpu" and self.settings.backward:
             return "FlexAttention has no backward on the CPU"
         on_cpu = self.settings.device.type == "cpu"
-        if implementation in ("compiled", "flex") and on_cpu and shutil.which("g++") is None:
+        if (
+            implementation in ("compiled", "compiled_smart", "flex")
+            and on_cpu
+            and shutil.which("g++") is None
+        ):
             return "torch.compile needs g++"
         return None
+
+    def _refused_by(self, backend: str) -> str | None:
+        tensors = {
+            name: tensor
+            for name in ("query_key", "memory_key", "memory_value", "shrinkage", "selection")
+            if (tensor := getattr(self.inputs, name)) is not None
+        }
+        reasons = backends.reasons_against(backend, tensors)
+        reasons += limits.reasons_against(backend, tensors, self.shape.top_k)
+        if self.shape.sigma is not None and backend == "cuda" and not _has_cuda_argmax():
+            reasons.append("it has no argmax over queries")
+        return "; ".join(reasons) or None
 
     def needs_bytes(self, implementation: str) -> int:
         shape, size = self.shape, DTYPES[self.settings.dtype].itemsize
         matrix = shape.batch * shape.queries * shape.memory * size
         value = shape.batch * shape.objects * shape.value_channels * shape.memory * size
-        if implementation == "vosops" and _vosops_is_fused():
+        if implementation in _FORCED or (
+            implementation == "vosops" and _vosops_is_fused(self.settings.device)
+        ):
             matrices = 0
         elif implementation == "flex":
             matrices = 1 if shape.sigma is not None else 0  # the argmax
-        elif implementation == "smart_eager":
+        elif implementation in _SMART:
             matrices = 2
         elif implementation == "sdpa":
             matrices = 3
@@ -238,7 +274,9 @@ class MemoryReadCase:
         # A prior's centres depend on every query; without one a random subset of queries stands for all.
         count = shape.queries
         if shape.sigma is None:
-            count = min(count, max(1, _REFERENCE_ELEMENTS // (shape.batch * shape.memory)))
+            on_gpu = self.settings.device.type == "cuda"
+            most = _REFERENCE_ELEMENTS_CUDA if on_gpu else _REFERENCE_ELEMENTS
+            count = min(count, max(1, most // (shape.batch * shape.memory)))
         queries = self._permutation[:count] if count < shape.queries else torch.arange(shape.queries)
         queries = queries.to(self._permutation.device)
         inputs = self.inputs.subset(queries if count < shape.queries else None)
@@ -278,6 +316,9 @@ class MemoryReadCase:
         Backward adds, with top_k, three more passes over the gathered rows (dL/dw, and reading and
         writing dL/dv); without, the scores again, dQ, dK, dL/dw and dV.
 
+        On a GPU, which moves and multiplies at once, it is the larger of the two: the operations, and the
+        bytes of every input that is needed and of the result, each once (`_moved_bytes`).
+
         A prior that rules out most of the grid lets a kernel skip tiles and go below.
         """
         shape = self.shape
@@ -297,6 +338,13 @@ class MemoryReadCase:
             moved = shape.batch * shape.queries * kept * width * dtype.itemsize
             if self.settings.backward:
                 moved *= 4
+        if self.settings.device.type == "cuda":
+            moved = self._moved_bytes()
+            milliseconds = 1e3 * max(operations / rates.peak, moved / rates.copy)
+            return milliseconds, (
+                f"max of {operations / 1e9:.1f} GFLOP at {rates.peak / 1e12:.0f} TFLOP/s "
+                f"and {moved / 2**20:.0f} MiB at {rates.copy / 1e12:.2f} TB/s"
+            )
         milliseconds = 1e3 * (operations / rates.peak + moved / rates.copy)
         words = f"{operations / 1e9:.1f} GFLOP at {rates.peak / 1e9:.0f} GFLOP/s"
         words += f" (torch.mm: {rates.product / 1e9:.0f})"
@@ -304,9 +352,26 @@ class MemoryReadCase:
             words += f" + {moved / 2**20:.0f} MiB at {rates.copy / 2**30:.0f} GiB/s"
         return milliseconds, words
 
+    def _moved_bytes(self) -> int:
+        """Keys, the value rows that can be kept, and the read; backward: read them again, write gradients."""
+        shape, size = self.shape, DTYPES[self.settings.dtype].itemsize
+        queries, width = shape.queries, shape.objects * shape.value_channels
+        rows = shape.memory if shape.top_k is None else min(shape.memory, queries * shape.top_k)
+        keys = (queries + shape.memory) * shape.key_channels
+        if shape.modulated:
+            keys += queries * shape.key_channels + shape.memory
+        elements = keys + rows * width + queries * width
+        if self.settings.backward:
+            elements += 2 * keys + queries * width + (rows + shape.memory) * width
+        return shape.batch * elements * size
 
-def _vosops_is_fused() -> bool:
-    return vosops.backend_report()["cpu"].startswith("available")
+
+def _has_cuda_argmax() -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("vosops::memory_best_query", "CUDA"))
+
+
+def _vosops_is_fused(device: torch.device) -> bool:
+    return vosops.backend_report()["triton" if device.type == "cuda" else "cpu"].startswith("available")
 
 
 def _make_case(shape: str, settings: Settings, seed: int) -> MemoryReadCase:
@@ -316,10 +381,37 @@ def _make_case(shape: str, settings: Settings, seed: int) -> MemoryReadCase:
 _ACTIVE = ("vosops", "eager", "smart_eager", "sdpa")
 _COMPILED_TOO = ("stcn-t10-o1", "xmem-cap-o1", "stm-t10-o2", "kmn-t10-o1")  # one of each kind of score
 _1080P = "xmem-1080p"
+_CUDA_ONLY = ("compiled_smart", *_FORCED)
+_OURS = ("vosops", *_FORCED)
+_ON_GPU = (*_OURS, "eager", "smart_eager", "sdpa")
+_TOP_K = ("xmem-cap-o1", "stcn-t20-o3")  # where a top-k read on a GPU is held against its targets
+_DENSE = ("stcn-t10-o1-dense", "stm-t10-o2", "kmn-t10-o1")
+
+
+def _cuda_everything() -> tuple[Job, ...]:
+    """Ordered by weight: a session that is cut short has measured the targets first."""
+    standard = MEMORY_READ_GROUPS["standard"]
+    rest = tuple(name for name in standard if name not in (*_TOP_K, *_DENSE, _1080P))
+    backward = ("stcn-t10-o1", "xmem-cap-o1", "stm-t10-o2", "kmn-t10-o1")
+    compilers = ("compiled", "compiled_smart")
+    return (
+        Job(_TOP_K, (*_ON_GPU, *compilers), Settings("bfloat16")),
+        Job(_DENSE, (*_OURS, "eager", "sdpa", "flex"), Settings("bfloat16")),
+        *(Job(_TOP_K, (*_ON_GPU, "compiled"), Settings(dtype)) for dtype in ("float16", "float32")),
+        Job((_1080P,), (*_OURS, "eager", "smart_eager"), Settings("bfloat16")),
+        *(
+            Job(backward, (*_OURS, "eager"), Settings(dtype, backward=True))
+            for dtype in ("bfloat16", "float32")
+        ),
+        Job(_TOP_K, _OURS, Settings("bfloat16", "position_major")),
+        Job(rest, _ON_GPU, Settings("bfloat16")),
+        *(Job((*rest, *_DENSE), _ON_GPU, Settings(dtype)) for dtype in ("float32", "float16")),
+    )
+
 
 OPERATOR = Operator(
     name="memory_read",
-    implementations=tuple(_READS),
+    implementations=tuple(name for name in _READS if name not in _CUDA_ONLY),
     shapes=tuple(MEMORY_READ),
     groups=MEMORY_READ_GROUPS,
     case=_make_case,
@@ -334,4 +426,6 @@ OPERATOR = Operator(
         Job(["stcn-t10-o1", "xmem-cap-o3", "stm-t10-o2"], _ACTIVE, Settings(dtype="bfloat16")),
         Job(["stcn-t10-o1", "xmem-cap-o3"], _ACTIVE, Settings(layout="position_major")),
     ),
+    cuda_implementations=_CUDA_ONLY,
+    cuda_everything=_cuda_everything(),
 )

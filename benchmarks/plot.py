@@ -20,15 +20,21 @@ _COLORS = {
     "eager": "#30638e",
     "smart_eager": "#00798c",
     "compiled": "#7a9e9f",
+    "compiled_smart": "#a3b18a",
     "sdpa": "#edae49",
     "flex": "#8d6a9f",
+    "vosops_triton": "#e07a5f",
+    "vosops_cuda": "#9b2226",
 }
 _LABELS = {
     "eager": "published formula (eager)",
     "smart_eager": "topk + embedding_bag (smart eager)",
     "compiled": "torch.compile of eager",
+    "compiled_smart": "torch.compile of smart eager",
     "sdpa": "SDPA (dense)",
     "flex": "FlexAttention (dense)",
+    "vosops_triton": "vosops, Triton forced",
+    "vosops_cuda": "vosops, CUDA C++ forced",
 }
 _FRAMES = re.compile(r"^stcn-t(\d+)-o1$")
 

@@ -16,12 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import environment, measure, plot
+from . import environment, gpu, measure, plot
 from .case import Case, Job, Operator, Settings
 
 OPERATORS = ("memory_read",)
 RESULTS = Path(__file__).parent / "results"
-_REPEATS = 7
+_REPEATS, _REPEATS_CUDA = 7, 50
 _FILE_WIDTH = 140  # columns where the output is not a terminal
 _DRAW_SEED = 20260101
 # Part of the memory that is free now that a peer may take: the estimate is rough, the machine shared.
@@ -33,8 +33,10 @@ _ENVIRONMENT_COLUMNS = ("cpu", "isa", "threads", "gpu", "torch", "revision", "da
 class Row:
     """One implementation on one shape. Times in milliseconds, memory in MiB; None where not measured.
 
-    `ratio` is this implementation's time over that of vosops; `over_limit` its time over the arithmetic
-    limit; `note` says why an implementation was not run.
+    `graph_ms` is the median of a CUDA graph's replay, which leaves out what launching costs; None on the CPU
+    and for what a graph cannot hold. `ratio` is this implementation's time over that of vosops; `over_limit`
+    its time, by graph where there is one, over the arithmetic limit; `note` says why an implementation was
+    not run.
     """
 
     operator: str
@@ -47,6 +49,7 @@ class Row:
     ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    graph_ms: float | None = None
     repeats: int = 0
     ratio: float | None = None
     extra_mib: float | None = None
@@ -97,16 +100,17 @@ def select_shapes(operator: Operator, names: Sequence[str]) -> list[str]:
     return list(selected)
 
 
-def select_peers(operator: Operator, names: Sequence[str]) -> list[str]:
-    """vosops and the named peers, or all of them for an empty list.
+def select_peers(operator: Operator, names: Sequence[str], device: str = "cpu") -> list[str]:
+    """vosops and the named peers, or all that `device` has for an empty list.
 
     Raises:
-        ValueError: a name is not a peer of the operator.
+        ValueError: a name is not a peer of the operator on this device.
     """
+    there = operator.implementations + (operator.cuda_implementations if device == "cuda" else ())
     for name in names:
-        if name not in operator.implementations:
-            raise ValueError(f"--peer must be one of {', '.join(operator.implementations[1:])}, got '{name}'")
-    return [name for name in operator.implementations if not names or name == "vosops" or name in names]
+        if name not in there:
+            raise ValueError(f"--peer must be one of {', '.join(there[1:])}, got '{name}'")
+    return [name for name in there if not names or name == "vosops" or name in names]
 
 
 def measure_case(
@@ -118,17 +122,19 @@ def measure_case(
     repeats: int,
     seed: int = _DRAW_SEED,
     budget_s: float = 8.0,
+    keep_going: bool = False,
 ) -> list[Row]:
     """Draw the inputs, check every implementation against float64, then time them interleaved.
 
     Args:
         implementations: names, "vosops" among them for the ratios.
         repeats: timed rounds; fewer, but three at least, once `budget_s` seconds are spent.
+        keep_going: an implementation that raises gets a row saying so; otherwise the error ends the run.
 
     Returns:
         One Row per implementation, in the order given; those that cannot run carry the reason.
     """
-    if {"compiled", "flex"} & set(implementations):
+    if {"compiled", "compiled_smart", "flex"} & set(implementations):
         torch.compiler.reset()  # they must not meet the recompilation limit through earlier shapes
     case = operator.case(shape, settings, seed)
     limit_ms, limit_basis = case.limit_ms()
@@ -138,13 +144,20 @@ def measure_case(
     calls: dict[str, Callable[[], object]] = {}
     for name in implementations:
         reason = case.refuses(name) or _too_large(case, name, settings.device)
-        if reason is None:
-            errors[name] = case.error(name)  # also the warm-up: compiled peers compile here
-            calls[name] = case.call(name)
-            memory[name] = measure.peak_extra_bytes(calls[name], settings.device)
-        else:
+        if reason is not None:
             reasons[name] = f"n/a: {reason}"
+            continue
+        try:
+            errors[name] = case.error(name)  # also the warm-up: compiled peers compile here
+            call = case.call(name)
+            memory[name] = measure.peak_extra_bytes(call, settings.device)
+            calls[name] = call
+        except Exception as error:
+            if not keep_going:
+                raise
+            reasons[name] = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     timings = measure.interleaved(calls, settings.device, repeats=repeats, budget_s=budget_s)
+    replays = gpu.replays(calls, settings.device, repeats=repeats, budget_s=budget_s)
     common = {
         "operator": operator.name,
         "shape": shape,
@@ -160,19 +173,20 @@ def measure_case(
     for name in implementations:
         row = Row(**common, implementation=name, note=reasons.get(name))  # type: ignore[arg-type]
         if name in timings:
-            timing, extra = timings[name], memory[name]
+            timing, extra, graph_ms = timings[name], memory[name], replays.get(name)
             ours = timings.get("vosops")
             row = dataclasses.replace(
                 row,
                 ms=timing.median_ms,
                 p20_ms=timing.p20_ms,
                 p80_ms=timing.p80_ms,
+                graph_ms=graph_ms,
                 repeats=timing.repeats,
                 ratio=timing.median_ms / ours.median_ms if ours else None,
                 extra_mib=None if extra is None else extra / 2**20,
                 error=errors[name],
                 correct=errors[name] <= case.tolerance(),
-                over_limit=timing.median_ms / limit_ms,
+                over_limit=(graph_ms or timing.median_ms) / limit_ms,
             )
         rows.append(row)
     return rows
@@ -199,7 +213,17 @@ def table(rows: Sequence[Row]) -> Table:
         padding=(0, 1, 0, 0),
     )
     result.add_column("", no_wrap=True)
-    for name in ("ms", "p20 - p80", "x vosops", "extra MiB", "x limit", "error"):
+    graphs = any(row.graph_ms is not None for row in rows)
+    columns = (
+        "ms",
+        "p20 - p80",
+        *(("graph ms",) if graphs else ()),
+        "x vosops",
+        "extra MiB",
+        "x limit",
+        "error",
+    )
+    for name in columns:
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("ok")
     for row in rows:
@@ -210,6 +234,7 @@ def table(rows: Sequence[Row]) -> Table:
             row.implementation,
             _milliseconds(row.ms),
             f"{_milliseconds(row.p20_ms)} - {_milliseconds(row.p80_ms)}",
+            *(("" if row.graph_ms is None else _milliseconds(row.graph_ms),) if graphs else ()),
             "" if row.ratio is None else f"{row.ratio:.2f}",
             "" if row.extra_mib is None else f"{row.extra_mib:.1f}",
             f"{row.over_limit:.2f}",
@@ -221,24 +246,30 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def write(rows: Sequence[Row], about: dict[str, str | int | None], target: Path) -> list[Path]:
+def write(
+    rows: Sequence[Row], about: dict[str, str | int | None], target: Path, *, plots: bool = True
+) -> list[Path]:
     """Write `target` (JSON), and beside it the CSV and the plots; returns what was written.
 
-    The CSV repeats the environment's main columns in every row, so that files can be appended.
+    Results of a GPU carry what was held against its targets (`gpu.targets`). The CSV repeats the
+    environment's main columns in every row, so that files can be appended.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     flat = [row.flat() for row in rows]
-    target.write_text(json.dumps({"environment": about, "rows": flat}, indent=1) + "\n")
+    result: dict[str, object] = {"environment": about, "rows": flat}
+    if about["gpu"]:
+        result["targets"] = [dataclasses.asdict(entry) for entry in gpu.targets(flat)]
+    target.write_text(json.dumps(result, indent=1) + "\n")
     machine = {name: about[name] for name in _ENVIRONMENT_COLUMNS}
     table_path = target.with_suffix(".csv")
     with table_path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*flat[0], *machine], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **machine} for row in flat)
-    return [target, table_path, *plot.draw(flat, about, target.with_suffix(""))]
+    return [target, table_path, *(plot.draw(flat, about, target.with_suffix("")) if plots else ())]
 
 
 def run(
@@ -251,7 +282,7 @@ def run(
     backward: bool = False,
     device: str = "cpu",
     threads: int | None = None,
-    repeats: int = _REPEATS,
+    repeats: int | None = None,
     everything: bool = False,
     target: Path | None = None,
     console: Console | None = None,
@@ -259,7 +290,9 @@ def run(
     """What the command line does; see `vosops bench --help`.
 
     Args:
-        everything: run what belongs in benchmarks/results and write it there.
+        repeats: timed rounds; 7 on the CPU and 50 on CUDA for None.
+        everything: run what belongs in benchmarks/results and write it there. On CUDA the file is named for
+            the GPU, and written again after every shape: a session may be cut short.
         target: JSON file to write, with its CSV and plots beside it.
         console: where the tables go; the terminal by default.
 
@@ -275,6 +308,8 @@ def run(
         known = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no CUDA device)"
         raise ValueError(f"--device must be {known}, got '{device}'")
     chosen = torch.device(device)
+    if repeats is None:
+        repeats = _REPEATS_CUDA if device == "cuda" else _REPEATS
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
     if threads is not None and threads < 1:
@@ -286,9 +321,13 @@ def run(
                 "--all chooses shapes, peers, dtypes, layouts and direction itself: leave them out"
             )
         jobs: Iterable[Job] = operator.everything
-        target = target or RESULTS / f"{operator.name}.json"
+        name = operator.name
+        if device == "cuda":
+            jobs = operator.cuda_everything
+            name += f"-{gpu.short_name(torch.cuda.get_device_name(chosen))}"
+        target = target or RESULTS / f"{name}.json"
     else:
-        names = select_peers(operator, peers)
+        names = select_peers(operator, peers, device)
         jobs = [Job(select_shapes(operator, shapes), names, settings)]
     if threads is not None:
         torch.set_num_threads(threads)
@@ -296,6 +335,8 @@ def run(
     if not console.is_terminal:
         console = Console(file=console.file, width=_FILE_WIDTH)
     rows: list[Row] = []
+    about = environment.collect(chosen)
+    budget_s, keep_going = (2.0, everything) if device == "cuda" else (8.0, False)
     done: set[tuple[str, Settings]] = set()
     # Compiler warnings of torch would stand between the tables.
     with warnings.catch_warnings():
@@ -307,18 +348,38 @@ def run(
                     continue
                 done.add((shape, job_settings))
                 implementations = job.implementations or operator.implementations
-                measured = measure_case(operator, shape, implementations, job_settings, repeats=repeats)
+                measured = measure_case(
+                    operator,
+                    shape,
+                    implementations,
+                    job_settings,
+                    repeats=repeats,
+                    budget_s=budget_s,
+                    keep_going=keep_going,
+                )
                 console.print(table(measured))
                 rows += measured
+                if keep_going and target is not None:
+                    write(rows, about, target, plots=False)
+    if device == "cuda":
+        console.print(gpu.targets_table(gpu.targets([row.flat() for row in rows])))
     if target is not None:
-        for path in write(rows, environment.collect(chosen), target):
+        for path in write(rows, about, target):
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return rows
 
 
 if __name__ == "__main__":
+    import sys
+
     import typer
 
-    from vosops.cli.bench import bench
+    if sys.argv[1:2] == ["frames"]:  # whole frames of models: no operator, so options of its own
+        from .frames import main
 
-    typer.run(bench)
+        del sys.argv[1]
+        typer.run(main)
+    else:
+        from vosops.cli.bench import bench
+
+        typer.run(bench)

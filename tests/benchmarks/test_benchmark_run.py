@@ -23,7 +23,7 @@ from vosops.cli.bench import bench
 FIELDS = {
     *("operator", "shape", "batch", "queries", "memory", "key_channels", "value_channels", "objects"),
     *("top_k", "similarity", "prior_sigma", "dtype", "layout", "direction", "implementation"),
-    *("ms", "p20_ms", "p80_ms", "repeats", "ratio", "extra_mib", "error", "tolerance", "correct"),
+    *("ms", "p20_ms", "p80_ms", "graph_ms", "repeats", "ratio", "extra_mib", "error", "tolerance", "correct"),
     *("limit_ms", "limit_basis", "over_limit", "note"),
 }
 ENVIRONMENT = {

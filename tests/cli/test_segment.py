@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.propagate.stand_in import ColourModel
 from vosops.cli import app
 from vosops.cli.segment import _parse_bytes
 from vosops.data import davis_palette, open_frames, video_writer, write_mask
-from vosops.propagate import LabelPropagator
+from vosops.memory import Bounded, ByteBudget
+from vosops.models import MODELS, ModelInfo
+from vosops.propagate import LabelPropagator, Tracker
 
 SIZE = (120, 192)
 FRAMES = 14
@@ -192,6 +195,101 @@ def test_option_errors(folder):
     fails(r"cannot write to the output folder file/out: Not a directory", *arguments[:-1], "file/out")
     assert "float64" in run(*arguments, "--memory-dtype", "float64", code=2).output
     assert "--mask" in run("clip", "--out", "out", code=2).output
+    assert not Path("out").exists()
+
+
+class ColourInfo(ModelInfo):
+    """A registered model whose checkpoint is one number."""
+
+    def model_class(self):
+        return ColourModel
+
+
+@pytest.fixture
+def checkpoint(folder, monkeypatch):
+    monkeypatch.setitem(MODELS, "stcn", ColourInfo("stcn", "", "", (), "", ""))
+    torch.save({"network": ColourModel().state_dict()}, "stcn.pth")
+    return ("clip", "--mask", "mask.png", "--model", "stcn", "--weights", "stcn.pth", "--no-overlay")
+
+
+def test_segments_with_a_model(checkpoint, monkeypatch):
+    made = []
+    original = Tracker.__init__
+
+    def note(self, model, settings=None, **options):
+        made.append((settings, options))
+        original(self, model, settings, **options)
+
+    monkeypatch.setattr(Tracker, "__init__", note)
+    assert "14 masks (objects 5) in out/masks" in run(*checkpoint, "--out", "out").stdout
+    labels = np.asarray(Image.open("out/masks/00013.png"))
+    assert region_similarity(labels == 5, truth(13) == 5) > 0.8
+    settings, options = made[-1]
+    assert (settings.memory_every, settings.policy, settings.top_k) == (None, None, None)
+    assert options == {"dtype": torch.float32}
+    memory = ["--memory-every", 3, "--memory-frames", 4, "--memory-bytes", "2MB", "--top-k", 8]
+    run(*checkpoint, "--out", "out2", *memory, "--dtype", "bfloat16")
+    settings, options = made[-1]
+    assert (settings.memory_every, settings.top_k) == (3, 8)
+    assert settings.policy == ByteBudget(2_000_000, Bounded(5))
+    assert options == {"dtype": torch.bfloat16}
+
+
+def test_a_models_run_is_resumed_with_the_same_weights_only(checkpoint):
+    run(*checkpoint, "--out", "whole")
+    good = Path("clip/00008.png").read_bytes()
+    Path("clip/00008.png").write_bytes(good[:100])
+    fails(r"8 masks are in out/masks; resume", *checkpoint, "--out", "out", code=1)
+    Path("clip/00008.png").write_bytes(good)
+    Path("stcn.pth").rename("moved.pth")
+    torch.save({"sharpness": torch.tensor(19.0)}, "stcn.pth")
+    resumed = ("--out", "out", "--resume")
+    fails(r"cannot resume in out: it was begun with weights=", *checkpoint, *resumed)
+    fails(r"it was begun with .*model=\"stcn\"", *checkpoint[:3], *resumed)
+    Path("moved.pth").rename("stcn.pth")
+    fails(
+        r"it was begun with dtype=\"float32\" \(now \"bfloat16\"\)",
+        *checkpoint,
+        *resumed,
+        "--dtype",
+        "bfloat16",
+    )
+    assert "6 frames segmented now" in run(*checkpoint, *resumed).stdout
+    for file in Path("whole/masks").iterdir():
+        assert (Path("out/masks") / file.name).read_bytes() == file.read_bytes()
+
+
+def test_options_of_another_method_are_refused_by_name(checkpoint):
+    mask = checkpoint[:3]
+    fails(
+        r"--weights, --dtype: only for a --model",
+        *mask,
+        "--out",
+        "out",
+        "--weights",
+        "stcn.pth",
+        "--dtype",
+        "float16",
+    )
+    fails(
+        r"--memory-dtype, --features: only for the training-free propagation",
+        *checkpoint,
+        "--out",
+        "out",
+        "--features",
+        "builtin",
+        "--memory-dtype",
+        "float32",
+    )
+    fails(r"--model stcn needs its checkpoint: --weights FILE", *mask, "--out", "out", "--model", "stcn")
+    fails(r"model must be one of stm, kmn, .*, got 'tcn'", *mask, "--out", "out", "--model", "tcn")
+    fails(r"no such file: gone\.pth", *mask, "--out", "out", "--model", "stcn", "--weights", "gone.pth")
+    torch.save({"other": torch.zeros(3)}, "other.pth")
+    found = run(*mask, "--out", "out", "--model", "stcn", "--weights", "other.pth", code=2).stderr
+    assert "vosops segment: other.pth does not fit stcn (2 misfits)" in found
+    assert "missing (1): sharpness\n  unexpected (1): other" in found
+    fails(r"memory_frames must be at least 1, got 0", *checkpoint, "--out", "out", "--memory-frames", 0)
+    fails(r"memory_every must be at least 1, got 0", *checkpoint, "--out", "out", "--memory-every", 0)
     assert not Path("out").exists()
 
 

@@ -7,6 +7,7 @@ from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
+from .models import models
 from .segment import segment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -14,4 +15,5 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(segment)
 app.command("eval")(evaluate)
+app.command()(models)
 app.command()(bench)

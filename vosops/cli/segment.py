@@ -7,6 +7,7 @@ import hashlib
 import re
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,8 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from vosops.data import open_frames, read_mask
+from vosops.memory import Bounded, ByteBudget, Policy
+from vosops.models import MODELS, SessionSettings, load
+from vosops.models.registry import find
 from vosops.propagate.label_propagator import LabelPropagator, PropagationSettings
-from vosops.propagate.run import RunError, Summary, segment_video
+from vosops.propagate.run import RunError, Summary, VideoSegmenter, segment_video
+from vosops.propagate.tracker import Tracker
 
 _DEFAULTS = PropagationSettings()
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -29,6 +34,14 @@ class MemoryDtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Dtype(StrEnum):
+    """Types that `--dtype` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def segment(
@@ -44,20 +57,49 @@ def segment(
     max_size: Annotated[
         int | None, typer.Option(help="Longer side, pixels, to work at; masks keep the input's size.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Follow objects with a model ({', '.join(MODELS)}), not with training-free propagation."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Checkpoint of --model (.pth, .pt, .safetensors).")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the model's convolutions. (default float32)")
+    ] = None,
     memory_frames: Annotated[
-        int, typer.Option(help="Frames remembered besides the first.")
-    ] = _DEFAULTS.memory_frames,
-    memory_every: Annotated[int, typer.Option(help="Distance of those, in frames.")] = _DEFAULTS.memory_every,
+        int | None,
+        typer.Option(
+            help=f"Frames remembered besides the first. (default {_DEFAULTS.memory_frames}; as published)"
+        ),
+    ] = None,
+    memory_every: Annotated[
+        int | None,
+        typer.Option(help=f"Distance of those, in frames. (default {_DEFAULTS.memory_every}; as published)"),
+    ] = None,
     memory_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes of memory, as 512MB or 2GiB.")
     ] = None,
-    memory_dtype: Annotated[MemoryDtype, typer.Option(help="Storage of the memory.")] = MemoryDtype.float32,
-    top_k: Annotated[int, typer.Option(help="Memory positions that each query keeps.")] = _DEFAULTS.top_k,
+    memory_dtype: Annotated[
+        MemoryDtype | None, typer.Option(help="Storage of the propagation's memory. (default float32)")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Memory positions that each query keeps. (default {_DEFAULTS.top_k}; as published)"
+        ),
+    ] = None,
     features: Annotated[
-        str, typer.Option(help="builtin, timm:NAME, torchvision:NAME, or two joined by +.")
-    ] = _DEFAULTS.features,
+        str | None,
+        typer.Option(
+            help="Of the propagation: builtin, timm:NAME, torchvision:NAME, or two joined by +. "
+            f"(default {_DEFAULTS.features})"
+        ),
+    ] = None,
     feature_weights: Annotated[
-        Path | None, typer.Option(help="Weight file of the backbone (.safetensors, .pth).")
+        Path | None, typer.Option(help="Weight file of the backbone of --features (.safetensors, .pth).")
     ] = None,
     no_overlay: Annotated[
         bool, typer.Option("--no-overlay", help="Write masks only: no overlay.mp4, no contact_sheet.png.")
@@ -66,26 +108,40 @@ def segment(
     """Segment a video from the mask of its first frame.
 
     Writes one indexed PNG per frame as soon as it is known. A run that was stopped goes on with --resume.
+    Of two defaults the first is the propagation's, the second that of a --model.
 
     Exit code 0: done; 1: stopped in the middle, what was written stays; 2: nothing was done.
     """
     console = Console(stderr=True, soft_wrap=True)
     try:
-        settings = PropagationSettings(
-            features=features,
-            feature_weights=feature_weights,
-            top_k=top_k,
-            memory_frames=memory_frames,
-            memory_every=memory_every,
-            memory_bytes=None if memory_bytes is None else _parse_bytes(memory_bytes),
-            memory_dtype=getattr(torch, memory_dtype.value),
-        )
+        options: dict[str, Any] = {
+            "memory_frames": memory_frames,
+            "memory_every": memory_every,
+            "memory_bytes": None if memory_bytes is None else _parse_bytes(memory_bytes),
+            "top_k": top_k,
+        }
+        if model is None:
+            _refuse("a --model", weights=weights, dtype=dtype)
+            options |= {
+                "memory_dtype": None if memory_dtype is None else getattr(torch, memory_dtype.value),
+                "features": features,
+                "feature_weights": feature_weights,
+            }
+            prepare = partial(_propagation, {k: v for k, v in options.items() if v is not None})
+        else:
+            _refuse(
+                "the training-free propagation (no --model)",
+                memory_dtype=memory_dtype,
+                features=features,
+                feature_weights=feature_weights,
+            )
+            prepare = partial(_tracking, model, weights, dtype or Dtype.float32, options)
         source = open_frames(video)
         labels, palette = read_mask(mask, source.size)
-        propagator = LabelPropagator(settings)
+        segmenter, identity = prepare()
         with _FrameProgress(console) as progress:
             summary = segment_video(
-                propagator,
+                segmenter,
                 source,
                 labels,
                 out,
@@ -93,7 +149,7 @@ def segment(
                 resume=resume,
                 max_size=max_size,
                 write_overlay=not no_overlay,
-                settings=_identity(settings),
+                settings=identity,
                 on_progress=progress.on_progress,
             )
     except RunError as error:
@@ -103,6 +159,46 @@ def segment(
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _fail(console, str(error), 2)
     typer.echo(_report(summary))
+
+
+def _refuse(method: str, **options: object) -> None:
+    """Options of another method than the one chosen are an error, not silently unused."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only for {method}")
+
+
+def _propagation(options: dict[str, Any]) -> tuple[VideoSegmenter, dict[str, Any]]:
+    """The training-free propagator, and what a resumed run must repeat."""
+    settings = PropagationSettings(**options)
+    values = asdict(settings) | {"memory_dtype": str(settings.memory_dtype).removeprefix("torch.")}
+    if settings.feature_weights is not None:
+        values["feature_weights"] = _digest(Path(settings.feature_weights))
+    return LabelPropagator(settings), values
+
+
+def _tracking(
+    name: str, weights: Path | None, dtype: Dtype, options: dict[str, Any]
+) -> tuple[VideoSegmenter, dict[str, Any]]:
+    """A tracker with a published model, and what a resumed run must repeat."""
+    find(name)
+    if weights is None:
+        raise ValueError(f"--model {name} needs its checkpoint: --weights FILE")
+    frames, size = options["memory_frames"], options["memory_bytes"]
+    if frames is not None and frames < 1:
+        raise ValueError(f"memory_frames must be at least 1, got {frames}")
+    policy: Policy | None = None if frames is None else Bounded(1 + frames)
+    if size is not None:
+        policy = ByteBudget(size) if policy is None else ByteBudget(size, policy)
+    settings = SessionSettings(memory_every=options["memory_every"], policy=policy, top_k=options["top_k"])
+    tracker = Tracker(load(name, weights), settings, dtype=getattr(torch, dtype.value))
+    return tracker, {"model": name, "weights": _digest(weights), "dtype": dtype.value, **options}
+
+
+def _digest(path: Path) -> str:
+    """Weights count by content, wherever the file lies."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _FrameProgress:
@@ -139,15 +235,6 @@ def _parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"--memory-bytes must be a size such as 512MB or 2GiB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def _identity(settings: PropagationSettings) -> dict[str, Any]:
-    """The settings as a resumed run must repeat them; weights count by content, wherever the file lies."""
-    values = asdict(settings) | {"memory_dtype": str(settings.memory_dtype).removeprefix("torch.")}
-    if settings.feature_weights is not None:
-        with Path(settings.feature_weights).open("rb") as file:
-            values["feature_weights"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return values
 
 
 def _report(summary: Summary) -> str:

@@ -116,13 +116,14 @@ class ResBlock(nn.Module):
     def forward(self, *parts: Tensor) -> Tensor:
         """(rows, C, H, W) of the concatenated parts (rows or B, C_i, H, W), as in `convolve_parts`."""
         residual = convolve_parts(self.conv1, [F.relu(part) for part in parts])
-        residual = self.conv2(F.relu(residual))
+        # In place where autograd needs no old value: these maps are the largest of a model.
+        residual = self.conv2(F.relu(residual, inplace=True))
         if self.downsample is not None:
-            return convolve_parts(self.downsample, parts) + residual
+            return residual.add_(convolve_parts(self.downsample, parts))
         if len(parts) > 1:
             rows = max(part.shape[0] for part in parts)
-            return torch.cat([per_object(part, rows) for part in parts], 1) + residual
-        return parts[0] + residual
+            return residual.add_(torch.cat([per_object(part, rows) for part in parts], 1))
+        return residual.add_(parts[0])
 
 
 class UpsampleBlock(nn.Module):
@@ -148,7 +149,7 @@ class UpsampleBlock(nn.Module):
     def merge(self, skip: Tensor, up: Tensor) -> Tensor:
         """As `forward`, from skip_conv's output (B, Cu, 2h, 2w): for objects decoded in chunks."""
         grown = F.interpolate(up, scale_factor=2, mode="bilinear", align_corners=False)
-        return self.out_conv(grown + per_object(skip, up.shape[0]))
+        return self.out_conv(grown.add_(per_object(skip, up.shape[0])))
 
 
 class _ChannelGate(nn.Module):

@@ -3,5 +3,6 @@
 
 from .baselines import CopyFirstMask, WarpPreviousMask
 from .label_propagator import LabelPropagator, PropagationSettings
+from .tracker import Tracker
 
-__all__ = ["CopyFirstMask", "LabelPropagator", "PropagationSettings", "WarpPreviousMask"]
+__all__ = ["CopyFirstMask", "LabelPropagator", "PropagationSettings", "Tracker", "WarpPreviousMask"]

@@ -8,8 +8,7 @@ from torch import Tensor
 
 LARGEST_TOP_K = 128
 """Positions a query can keep on the GPU backends."""
-LARGEST_CHANNELS = 128
-"""Key channels."""
+_CHANNELS, _CHANNELS_SELECTED = 128, 64
 
 
 def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None) -> list[str]:
@@ -20,11 +19,9 @@ def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None)
     key, value = tensors.get("memory_key"), tensors.get("memory_value")
     if top_k is not None and top_k > LARGEST_TOP_K:
         reasons.append(f"top_k is {top_k}, it keeps at most {LARGEST_TOP_K}")
-    if key is not None:
-        if key.shape[1] > LARGEST_CHANNELS:
-            reasons.append(
-                f"memory_key has Ck = {key.shape[1]} channels, it serves at most {LARGEST_CHANNELS}"
-            )
+    most, when = (_CHANNELS_SELECTED, " with selection") if "selection" in tensors else (_CHANNELS, "")
+    if key is not None and key.shape[1] > most:
+        reasons.append(f"memory_key has Ck = {key.shape[1]} channels, it serves at most {most}{when}")
     for name, tensor, first in (("memory_key", key, 2), ("memory_value", value, 3)):
         if tensor is not None and _runs(tensor, first) > 3:
             reasons.append(f"{name} has positions that take more than three strides")

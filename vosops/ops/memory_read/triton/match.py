@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...launch import launch, on_device, split
+from ...launch import capability, launch, on_device, split
 from ..problem import Scores
 from .operands import Operands
 from .scores import load_memory, load_query, masked, offset_of, score, with_prior
@@ -228,7 +228,7 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
     size = group_size(o.memory)
     groups = triton.cdiv(o.memory, size)
     chosen = min(kept, groups)
-    block_q, block_m, warps = _tile(o, size)
+    block_q, block_m, warps = _tile(o, size, device)
     per_query = 4 * o.batch * (groups + chosen * (size + 1))
     rows = min(o.queries, max(block_q, _BUFFER // per_query // block_q * block_q))
     maxima, candidates = (
@@ -274,11 +274,14 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
     return indices, weights
 
 
-def _tile(o: Operands, group: int) -> tuple[int, int, int]:
-    """(BLOCK_Q, BLOCK_M, warps) of a score tile: what fits the registers beside the operands."""
+def _tile(o: Operands, group: int, device: torch.device) -> tuple[int, int, int]:
+    """(BLOCK_Q, BLOCK_M, warps) of a score tile: the largest that fits the registers."""
     selects = bool(o.options["SELECTION"])  # two products at a time
-    if o.wide:
-        block_q, block_m, warps = (64, 32 if selects or o.block_c > 64 else 64, 4)
-    else:
+    heavy = selects or o.block_c > 64
+    if not o.wide:
         block_q, block_m, warps = 128, 64 if selects else 128, 8
+    elif capability(device)[0] >= 9:
+        block_q, block_m, warps = 64, 32 if heavy else 64, 8
+    else:
+        block_q, block_m, warps = (16, 64, 8) if heavy else (64, 32, 4)
     return block_q, max(block_m, group), warps
