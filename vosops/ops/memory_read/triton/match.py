@@ -279,7 +279,7 @@ def _tile(o: Operands, group: int, device: torch.device) -> tuple[int, int, int]
     selects = bool(o.options["SELECTION"])  # two products at a time
     heavy = selects or o.block_c > 64
     if not o.wide:
-        block_q, block_m, warps = 128, 64 if selects else 128, 8
+        block_q, block_m, warps = 128, 64 if selects or o.options["PRIOR"] else 128, 8
     elif capability(device)[0] >= 9:
         block_q, block_m, warps = 64, 32 if heavy else 64, 8
     else:
