@@ -71,7 +71,7 @@ def memory_read(
         shrinkage: (B, 1, *m) r_j of XMem; only with "l2".
         selection: (B, Ck, *q) e_i of XMem; only with "l2".
         top_k: memory positions kept per query; None keeps all, more than M means all. Among equal scores
-            the lowest index wins on the cpu backend.
+            the lowest index wins, except on the reference backend.
         prior: KernelPrior, MaskPrior or CenterPrior; needs *q = (H, W).
         memory_mask: (B, *m) bool; a False position never matches. A query that can match nothing reads 0.
         return_usage: also return the usage.
@@ -108,7 +108,7 @@ def memory_read(
         kept = None  # all of them: the dense read, which keeps no list
     if prior is not None:
         p = check_prior(p, prior)
-    implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value}, kept)
+    implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value}, kept, prior)
     dtype = torch.promote_types(query_key.dtype, memory_value.dtype)
     usage = None
     with _full_precision(query_key.device):
@@ -161,7 +161,7 @@ def memory_match(
     kept = check_top_k(top_k)
     if prior is not None:
         p = check_prior(p, prior)
-    implementation = _implementation("memory_match", p.tensors(), kept)
+    implementation = _implementation("memory_match", p.tensors(), kept, prior)
     with _full_precision(query_key.device):
         if prior is not None:
             p = _with_prior(p, prior, implementation)
@@ -182,7 +182,7 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
 
     Raises:
         TypeError, ValueError: a bad argument, named, before any work.
-        RuntimeError: an index of the match lies past the memory.
+        RuntimeError: an index of the match lies past the memory; on a GPU its query reads NaN instead.
         BackendError: a forced backend cannot serve the call.
 
     Note:
@@ -193,7 +193,7 @@ def memory_gather(match: Match, memory_value: Tensor, *, dtype: torch.dtype | No
     batch, device = match.indices.shape[0], match.indices.device
     check_value(memory_value, batch, None, device)
     tensors = {"match.weights": match.weights, "memory_value": memory_value}
-    implementation = _implementation("memory_gather", tensors, 0)
+    implementation = _implementation("memory_gather", tensors, 0, None)
     with _full_precision(device):
         read = implementation.gather(match.indices, match.weights, memory_value, dtype or memory_value.dtype)
     return read.unflatten(-1, match.query_shape)
@@ -206,9 +206,11 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _implementation(operator: str, tensors: dict[str, Tensor], top_k: int | None) -> Any:
+def _implementation(
+    operator: str, tensors: dict[str, Tensor], top_k: int | None, prior: Prior | None
+) -> Any:
     def reasons(backend: str) -> list[str]:
-        return limits.reasons_against(backend, tensors, top_k)
+        return limits.reasons_against(backend, tensors, top_k, prior)
 
     return _IMPLEMENTATIONS[backends.choose(operator, tensors, reasons)]
 

@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from ..priors import CenterPrior, Prior
 
 LARGEST_TOP_K = 128
 """Positions a query can keep on the GPU backends."""
 _CHANNELS, _CHANNELS_SELECTED = 128, 64
 
 
-def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None) -> list[str]:
+def reasons_against(
+    backend: str, tensors: dict[str, Tensor], top_k: int | None, prior: Prior | None
+) -> list[str]:
     """Reasons of `backend` against a call on `tensors`; top_k None reads densely, 0 only gathers."""
     if backend not in ("triton", "cuda"):
         return []
     reasons = []
     key, value = tensors.get("memory_key"), tensors.get("memory_value")
-    if top_k is not None and top_k > LARGEST_TOP_K:
+    if top_k is not None and key is not None and min(top_k, math.prod(key.shape[2:])) > LARGEST_TOP_K:
         reasons.append(f"top_k is {top_k}, it keeps at most {LARGEST_TOP_K}")
     most, when = (_CHANNELS_SELECTED, " with selection") if "selection" in tensors else (_CHANNELS, "")
     if key is not None and key.shape[1] > most:
@@ -26,12 +32,16 @@ def reasons_against(backend: str, tensors: dict[str, Tensor], top_k: int | None)
         if tensor is not None and _runs(tensor, first) > 3:
             reasons.append(f"{name} has positions that take more than three strides")
     if backend == "cuda":
-        reasons += _cuda_reasons(tensors, top_k)
+        reasons += _cuda_reasons(tensors, top_k, prior)
     return reasons
 
 
-def _cuda_reasons(tensors: dict[str, Tensor], top_k: int | None) -> list[str]:
+def _cuda_reasons(tensors: dict[str, Tensor], top_k: int | None, prior: Prior | None) -> list[str]:
     reasons = ["it has no dense read, top_k is None"] if top_k is None else []
+    if prior is not None and not isinstance(prior, CenterPrior):
+        reasons.append(f"it has no argmax over queries, which {type(prior).__name__} needs")
+    if "memory_key" in tensors and tensors["memory_key"].shape[1] % 8:
+        reasons.append(f"memory_key has Ck = {tensors['memory_key'].shape[1]}, it serves multiples of 8")
     keys = {name: tensors[name].dtype for name in ("query_key", "memory_key", "selection") if name in tensors}
     if keys and (len(set(keys.values())) > 1 or torch.float32 in keys.values()):
         found = ", ".join(f"{name} {dtype}" for name, dtype in keys.items())
