@@ -2,8 +2,9 @@
 """Builds the compiled operators with CMake and Ninja; without a compiler the install still works.
 
 VOSOPS_BUILD_CPU = auto (default) | 0 | 1: auto builds when a C++ compiler is there and goes on without it,
-1 fails instead, 0 skips. VOSOPS_BUILD_CUDA says the same of the CUDA operators, which come on top: auto builds them
-when nvcc is there and torch has CUDA; whether a GPU is there plays no part. The metadata is in pyproject.toml.
+1 fails instead, 0 skips. VOSOPS_BUILD_CUDA says the same of the CUDA operators, which come on top: auto
+builds them when nvcc is there and torch has CUDA, whether or not a GPU is. The metadata is in
+pyproject.toml.
 """
 
 import os
@@ -32,8 +33,9 @@ class CMakeBuild(build_ext):
     """Runs CMake once and lets it install into the package: `vosops/_lib` and `vosops/_C`."""
 
     def run(self) -> None:
+        cuda = wanted("CUDA")
         if wanted() == "0":
-            if wanted("CUDA") == "1":
+            if cuda == "1":
                 raise SystemExit("VOSOPS_BUILD_CUDA=1 builds on the CPU operators, got VOSOPS_BUILD_CPU=0")
             return
         if self.attempt("CPU", "installing without compiled operators", self.build_cpu):

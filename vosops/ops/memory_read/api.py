@@ -108,7 +108,8 @@ def memory_read(
         kept = None  # all of them: the dense read, which keeps no list
     if prior is not None:
         p = check_prior(p, prior)
-    implementation = _implementation("memory_read", {**p.tensors(), "memory_value": memory_value}, kept, prior)
+    tensors = {**p.tensors(), "memory_value": memory_value}
+    implementation = _implementation("memory_read", tensors, kept, prior)
     dtype = torch.promote_types(query_key.dtype, memory_value.dtype)
     usage = None
     with _full_precision(query_key.device):
@@ -206,9 +207,7 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _implementation(
-    operator: str, tensors: dict[str, Tensor], top_k: int | None, prior: Prior | None
-) -> Any:
+def _implementation(operator: str, tensors: dict[str, Tensor], top_k: int | None, prior: Prior | None) -> Any:
     def reasons(backend: str) -> list[str]:
         return limits.reasons_against(backend, tensors, top_k, prior)
 

@@ -142,7 +142,7 @@ def gather_backward(
             grad, indices, value, grad_weights, queries, kept, memory, width,
             *_strides(value), *positions.arguments,
             FLAT=positions.flat, INDEX=index_type(value),
-            BLOCK_K=min(32, triton.next_power_of_2(kept)), BLOCK_C=block_c, num_warps=4,
+            BLOCK_K=min(32, max(8, triton.next_power_of_2(kept))), BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
         if need_value:
             entry = torch.arange(batch, device=indices.device)[:, None, None] * memory

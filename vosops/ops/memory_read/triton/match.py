@@ -250,7 +250,7 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
                 **o.options, BLOCK_Q=block_q, BLOCK_M=block_m, GROUP=size,
                 num_warps=warps, num_stages=2 if o.wide else 3,
             )  # fmt: skip
-            block = triton.next_power_of_2(groups)
+            block = max(32, triton.next_power_of_2(groups))
             launch(
                 choose_groups,
                 (o.batch * count,),
@@ -263,12 +263,12 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
                 *operands, first, o.queries, o.memory, chosen_groups, candidates, count, chosen,
                 **o.options, GROUP=size, BLOCK=max(16, min(64, 8192 // o.block_c)), num_warps=4,
             )  # fmt: skip
-            block = triton.next_power_of_2(chosen * size)
+            block = max(32, triton.next_power_of_2(chosen * size))
             launch(
                 choose_matches,
                 (count, o.batch),
                 chosen_groups, candidates, indices, weights, first, o.queries, count, chosen, kept,
-                GROUP=size, BLOCK=block, BLOCK_K=triton.next_power_of_2(kept),
+                GROUP=size, BLOCK=block, BLOCK_K=max(16, triton.next_power_of_2(kept)),
                 num_warps=min(16, max(1, block // 512)),
             )  # fmt: skip
     return indices, weights
