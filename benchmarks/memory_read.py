@@ -189,9 +189,8 @@ class MemoryReadCase:
             if (tensor := getattr(self.inputs, name)) is not None
         }
         reasons = backends.reasons_against(backend, tensors)
-        reasons += limits.reasons_against(backend, tensors, self.shape.top_k)
-        if self.shape.sigma is not None and backend == "cuda" and not _has_cuda_argmax():
-            reasons.append("it has no argmax over queries")
+        prior = self.inputs.options(self.shape).get("prior")
+        reasons += limits.reasons_against(backend, tensors, self.shape.top_k, prior)
         return "; ".join(reasons) or None
 
     def needs_bytes(self, implementation: str) -> int:
@@ -364,10 +363,6 @@ class MemoryReadCase:
         if self.settings.backward:
             elements += 2 * keys + queries * width + (rows + shape.memory) * width
         return shape.batch * elements * size
-
-
-def _has_cuda_argmax() -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("vosops::memory_best_query", "CUDA"))
 
 
 def _vosops_is_fused(device: torch.device) -> bool:

@@ -233,5 +233,8 @@ def _with_prior(p: Scores, prior: Prior, implementation: Any) -> Scores:
 
 def _usage(indices: Tensor, weights: Tensor, p: Scores) -> Tensor:
     """usage_j = sum_i w_ij of the kept positions.  # [B, M]"""
-    usage = weights.new_zeros(p.memory_key.shape[0], p.memory)
-    return usage.scatter_add(1, indices.clamp(min=0).flatten(1), weights.detach().flatten(1))
+    batch, memory = p.memory_key.shape[0], p.memory
+    rows = indices.clamp(min=0) + torch.arange(batch, device=indices.device)[:, None, None] * memory
+    # index_add has a deterministic form on every device, scatter_add has not.
+    usage = weights.new_zeros(batch * memory).index_add(0, rows.flatten(), weights.detach().flatten())
+    return usage.view(batch, memory)
