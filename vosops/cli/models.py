@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vosops models`: the models that `vosops segment --model` knows."""
+
+from __future__ import annotations
+
+import sys
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vosops.models import MODELS, ModelInfo
+
+
+def models() -> None:
+    """List the models: source, parameters, operators used, checkpoint read."""
+    # Piped output is for logs and scripts: one line per model that does not wrap at 80 columns.
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 240)
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("source")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("operators used")
+    table.add_column("checkpoint it reads")
+    for info in MODELS.values():
+        table.add_row(info.name, info.source, _parameters(info), ", ".join(info.operators), info.checkpoint)
+    console.print(table, markup=False, highlight=False)
+
+
+def _parameters(info: ModelInfo) -> str:
+    try:
+        return f"{info.parameters() / 1e6:.1f} M"
+    except ImportError as error:
+        return str(error)
