@@ -49,7 +49,11 @@ def match(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def scatter(pairs: Tensor) -> Tensor:  # [B, Q, k, C] -> [B, C, M]
         total = pairs.new_zeros(batch * memory, pairs.shape[-1])
         flat = (rows + entry * memory).flatten()
-        return total.index_add_(0, flat, pairs.flatten(0, 2)).view(batch, memory, -1).mT.contiguous()
+        return (
+            total.index_add_(0, flat, pairs.flatten(0, 2))
+            .view(batch, memory, pairs.shape[-1])
+            .mT.contiguous()
+        )
 
     r = None if p.shrinkage is None else p.shrinkage.flatten(1).float()[entry, rows]  # [B, Q, k]
     weighted = grad if r is None else grad * r

@@ -241,10 +241,13 @@ def _tile(o: Operands, value: Tensor, narrow: bool) -> tuple[int, int, int, int]
     rows = value.stride(2) == 1  # otherwise addresses take registers too
     if narrow and not o.wide:
         large = rows and not selects and capability(value.device)[0] >= 9
-        tile = (128 if large else 64, 64 if rows or not selects else 32, 256 if rows else 128)
+        tile = (128 if large else 64, 64, 256 if rows else 128)
+        if selects and not rows:
+            tile = (64, 32, 64)
     elif selects:
         tile = (16, 32, 128)
     else:
-        tile = (64 if rows and o.block_c <= 64 else 32, 32, 128)
+        small = o.block_c <= 64
+        tile = (64 if rows and small else 32, 32, 128 if rows or small else 64)
     width = max(16, triton.next_power_of_2(value.shape[1] * value.shape[2]))
     return tile[0], tile[1], min(tile[2], width), 8

@@ -290,4 +290,4 @@ def _tile(o: Operands, narrow: bool) -> tuple[int, int, int, int]:
     """(BLOCK_Q, BLOCK_M, BLOCK_V, warps)."""
     if o.wide or not narrow:
         return 16, 32, 32 if o.block_c <= 64 else 16, 8
-    return (16, 32, 64, 8) if o.options["SELECTION"] else (32, 64, 64, 8)
+    return (16, 32, 32, 8) if o.options["SELECTION"] else (32, 64, 64, 8)

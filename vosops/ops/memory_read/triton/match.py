@@ -26,7 +26,7 @@ from .scores import load_memory, load_query, masked, offset_of, score, with_prio
 
 LIMIT = 128
 """Most positions that a query can keep."""
-_MOST_GROUPS = 16_384  # of one query, held in the registers of one program
+_MOST_GROUPS = 8192  # of one query, held in the registers of one program
 _BUFFER = 1 << 28  # bytes of group maxima and candidate scores at a time
 
 
@@ -283,5 +283,5 @@ def _tile(o: Operands, group: int, device: torch.device) -> tuple[int, int, int]
     elif capability(device)[0] >= 9:
         block_q, block_m, warps = 64, 32 if heavy else 64, 8
     else:
-        block_q, block_m, warps = (16, 64, 8) if heavy else (64, 32, 4)
+        block_q, block_m, warps = (16, 64, 8) if heavy or group > 32 else (64, 32, 4)
     return block_q, max(block_m, group), warps

@@ -126,8 +126,10 @@ def float32_precision() -> str:
 def column_tile(o: Operands) -> tuple[int, int, int]:
     """(BLOCK_Q, BLOCK_M, warps) of kernels that keep a memory block and pass over the queries."""
     selects = bool(o.options["SELECTION"])
+    if o.wide and selects:
+        return 16, 16, 4
     if o.wide:
-        return 32 if o.block_c <= 64 and not selects else 16, 32, 8
+        return 32 if o.block_c <= 64 else 16, 32, 8
     return 64, 32 if selects else 64, 4 if o.block_c <= 64 and not selects else 8
 
 
@@ -145,4 +147,4 @@ def channel_strides(value: Tensor) -> tuple[int, int, int]:
     objects, channels = value.shape[1:3]
     if objects == 1 or value.stride(1) == channels * value.stride(2):
         return max(1, objects * channels), 0, value.stride(2)
-    return channels, value.stride(1), value.stride(2)
+    return max(1, channels), value.stride(1), value.stride(2)
