@@ -46,9 +46,6 @@ def _cuda_reasons(tensors: dict[str, Tensor], top_k: int | None, prior: Prior | 
     if keys and (len(set(keys.values())) > 1 or torch.float32 in keys.values()):
         found = ", ".join(f"{name} {dtype}" for name, dtype in keys.items())
         reasons.append(f"keys must all be bfloat16 or all float16, got {found}")
-    value = tensors.get("memory_value")
-    if value is not None and value.dtype == torch.float32:
-        reasons.append("memory_value is float32, it serves bfloat16, float16")
     return reasons
 
 

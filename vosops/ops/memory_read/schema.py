@@ -137,10 +137,7 @@ def _gather_gradient(ctx: Any, grad_read: Tensor, family: str) -> tuple[Tensor |
     indices, weights, value = ctx.saved_tensors
     need_value = ctx.needs_input_grad[2]
     arguments = (grad_read.contiguous(), indices, weights, value, need_value)
-    name = "memory_gather_backward"
-    if not family and value.is_cuda and torch.are_deterministic_algorithms_enabled():
-        name = "memory_gather_backward_sorted"
-    grad_weights, grad_value = operator(family, name)(*arguments)
+    grad_weights, grad_value = operator(family, "memory_gather_backward")(*arguments)
     return None, grad_weights, grad_value.view(value.shape).to(value.dtype) if need_value else None
 
 
@@ -181,11 +178,6 @@ _library.define(
 for _device in ("CPU", "CUDA"):
     _library.impl("memory_match_backward", backward.match, _device)
 torch.library.register_fake("vosops::memory_match_backward", _fake_match_backward)
-
-# The CUDA library's form without atomics.
-_sorted = "memory_gather_backward_sorted"
-_library.define(f"{_sorted}{_SCHEMAS['memory_gather_backward']}")
-torch.library.register_fake(f"vosops::{_sorted}", functools.partial(_fake_gather_backward, family=""))
 
 for _family in FAMILIES:
     for _name, _schema in _SCHEMAS.items():
