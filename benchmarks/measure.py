@@ -207,16 +207,18 @@ def ceilings(key_channels: int, dtype: torch.dtype, device: torch.device, thread
         seconds = _best_seconds(lambda a=left, b=right, out=result: torch.mm(a, b, out=out), device)  # type: ignore[misc]
         best = max(best, 2 * rows * columns * key_channels / seconds)
     if cuda:
-        peak = max(best, _square_rate(dtype, device))
-        source = torch.randn(512 << 20, device=device)  # 2 GiB
-    else:
-        peak = max(best, _convolution_rate(dtype))
-        if dtype != torch.float32:  # a kernel may widen what the machine has no instructions for
-            peak = max(peak, ceilings(key_channels, torch.float32, device, threads).peak)
-        source = torch.randn(64 << 20, device=device)  # 256 MiB
+        return Ceilings(best, max(best, _square_rate(dtype, device)), _copy_rate(2 << 30, device))
+    peak = max(best, _convolution_rate(dtype))
+    if dtype != torch.float32:  # a kernel may widen what the machine has no instructions for
+        peak = max(peak, ceilings(key_channels, torch.float32, device, threads).peak)
+    return Ceilings(best, peak, _copy_rate(256 << 20, device))
+
+
+@cache
+def _copy_rate(size: int, device: torch.device) -> float:
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    seconds = _best_seconds(lambda: target.copy_(source), device)
-    return Ceilings(best, peak, 2 * source.nbytes / seconds)
+    return 2 * size / _best_seconds(lambda: target.copy_(source), device)
 
 
 def _convolution_rate(dtype: torch.dtype) -> float:
@@ -227,6 +229,7 @@ def _convolution_rate(dtype: torch.dtype) -> float:
     return 2 * image.numel() * weight[0].numel() / seconds
 
 
+@cache
 def _square_rate(dtype: torch.dtype, device: torch.device, side: int = 8192) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 

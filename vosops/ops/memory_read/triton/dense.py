@@ -244,10 +244,9 @@ def _tile(o: Operands, value: Tensor, narrow: bool) -> tuple[int, int, int, int]
         tile = (128 if large else 64, 64, 256 if rows else 128)
         if selects and not rows:
             tile = (64, 32, 64)
-    elif selects:
+    elif selects or not (rows or o.block_c <= 64):
         tile = (16, 32, 128)
     else:
-        small = o.block_c <= 64
-        tile = (64 if rows and small else 32, 32, 128 if rows or small else 64)
+        tile = (64 if rows and o.block_c <= 64 else 32, 32, 128)
     width = max(16, triton.next_power_of_2(value.shape[1] * value.shape[2]))
     return tile[0], tile[1], min(tile[2], width), 8
