@@ -64,3 +64,22 @@ def test_segmentation_figures() -> None:
         expected = [f"{100 * means[f'{method}|single'][name]:.1f}" for name in ("j", "f", "jf")]
         union = means.get(f"{method}|multi")
         assert figures == [*expected, f"{100 * union['jf']:.1f}" if union else ""], method
+
+
+def test_frame_figures() -> None:
+    record = json.loads((RESULTS / "frames.json").read_text())
+    measured = {(row["case"], row["implementation"]): row for row in record["rows"]}
+    rows = table("frame")
+    assert {row[0].strip("`") for row in rows} == {case for case, _ in measured}
+    for case, *figures in rows:
+        ours, published, eager_read = (
+            measured[case.strip("`"), name] for name in ("vosops", "published", "eager_read")
+        )
+        expected = [str(ours["positions"]), str(ours["objects"])]
+        expected += [f"{row['ratio']:.2f}x" for row in (published, eager_read)]
+        assert figures == [*expected, f"{100 * ours['read_share']:.1f}%"], case
+    (peak,) = record["peak"]
+    assert f"peaks at {peak['frame_peak_bytes'] / 1e9:.1f} GB" in README
+    stages = {(row["stage"], row["dtype"]): row["ms"] for row in record["formats"] if "last" in row["layout"]}
+    gains = [ms / stages[stage, "bfloat16"] for (stage, dtype), ms in stages.items() if dtype == "float32"]
+    assert f"{min(gains):.1f} to {max(gains):.1f} times as fast" in README
