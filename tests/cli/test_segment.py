@@ -235,6 +235,25 @@ def test_segments_with_a_model(checkpoint, monkeypatch):
     assert options == {"dtype": torch.bfloat16}
 
 
+def test_several_scales_and_mirrored(checkpoint):
+    for name, method in (("model", checkpoint), ("propagation", (*checkpoint[:3], "--no-overlay"))):
+        run(*method, "--out", name, "--scales", "1.0,0.75", "--flip")
+        labels = np.asarray(Image.open(f"{name}/masks/00013.png"))
+        assert region_similarity(labels == 5, truth(13) == 5) > 0.7, name
+        begun = r"it was begun with .*flip=true \(now false\); scales=\[1\.0, 0\.75\] \(now \[1\.0\]\)"
+        fails(begun, *method, "--out", name, "--resume")
+    out = ("--out", "out")
+    fails(
+        r"--scales must be numbers joined by commas, as 1\.0,1\.25; got '1;2'",
+        *method,
+        *out,
+        "--scales",
+        "1;2",
+    )
+    fails(r"scales must be finite and above 0, got \[0\.0\]", *method, *out, "--scales", "0")
+    assert not Path("out").exists()
+
+
 def test_a_models_run_is_resumed_with_the_same_weights_only(checkpoint):
     run(*checkpoint, "--out", "whole")
     good = Path("clip/00008.png").read_bytes()

@@ -200,14 +200,14 @@ def test_backends_agree():
 
 def test_bounded_over_thousands_of_frames(cpu_backend):
     """Objects enter every 100 frames and leave 400 later: memory and its storage stop growing."""
-    enters = {1: 0} | {n: 100 * n for n in range(2, 30)}
-    video = Video(enters, {n: 100 * n + 400 for n in range(2, 30)}, dtype=torch.float32)
+    enters = {1: 0} | {n: 100 * n for n in range(2, 20)}
+    video = Video(enters, {n: 100 * n + 400 for n in range(2, 20)}, dtype=torch.float32)
     memory, sizes = LongTermMemory(SMALL), []
     pool = [video.frame(t) for t in range(40)]
-    for t in range(3000):
+    for t in range(2000):
         if left := video.left(t):
             memory.remove(left)
-        ids = [1] + [n for n in range(2, 30) if 100 * n <= t < 100 * n + 400]
+        ids = [1] + [n for n in range(2, 20) if 100 * n <= t < 100 * n + 400]
         key, value, _, shrinkage, selection = pool[t % len(pool)]
         values = value[:, :1].expand(-1, len(ids), -1, -1, -1)
         memory.append(t, key, values, ids, shrinkage, selection)
@@ -216,7 +216,7 @@ def test_bounded_over_thousands_of_frames(cpu_backend):
     bound = SMALL.capacity + SMALL.max_frames * H * W
     assert max(positions for positions, _ in sizes) <= bound
     assert max(nbytes for _, nbytes in sizes) <= 4 * bound * (2 * CK + 6 + 5 * CV)
-    assert {nbytes for _, nbytes in sizes[700:1000]} >= {nbytes for _, nbytes in sizes[1000:2900]}
+    assert {nbytes for _, nbytes in sizes[700:1000]} >= {nbytes for _, nbytes in sizes[1000:1900]}
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

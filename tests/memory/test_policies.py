@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vosops.memory import Bounded, ByteBudget, EveryNth, MemoryBank, Policy
+from vosops.memory import Bounded, ByteBudget, EveryNth, MemoryBank, Policy, SharedPolicy
 
 
 def run(policy: Policy, frames: range, late: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
@@ -124,3 +124,16 @@ def test_a_custom_policy_must_choose_a_slot_there_is():
     with pytest.raises(ValueError, match="chose slot 2 of 1 for frame 1"):
         bank.append(1, torch.zeros(1, 2, 1, 2), torch.zeros(1, 1, 3, 1, 2), [1])
     assert bank.frames == (0,)
+
+
+def test_banks_that_share_a_limit_and_a_passing_frame():
+    policy = SharedPolicy(ByteBudget(1000, EveryNth(2)), banks=4, temporary=7)
+    assert policy.limit(50) == 5
+    assert SharedPolicy(EveryNth(2)).limit(50) is None
+    assert policy.slot(9, (0, 7, 5), ()) == 1
+    assert policy.slot(9, (0, 2, 5), ()) == EveryNth(2).slot(9, (0, 2, 5), ())
+    assert SharedPolicy(Bounded(3)).slot(9, (0, 7, 5), ()) == 3
+    with pytest.raises(TypeError, match=r"SharedPolicy\.inner must be a policy .*got 5"):
+        SharedPolicy(5)
+    with pytest.raises(ValueError, match=r"SharedPolicy\.banks must be at least 1, got 0"):
+        SharedPolicy(EveryNth(1), banks=0)

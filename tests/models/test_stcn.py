@@ -14,14 +14,6 @@ from vosops.ops import backends
 from vosops.propagate import Tracker
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def golden():
     return Golden("STCN")
@@ -159,3 +151,21 @@ def test_many_objects_are_encoded_and_decoded_in_chunks(model, clip, monkeypatch
     tracker, chunked = follow(model, (frames[:3], many))
     assert tracker.object_ids == list(range(10, 22))
     torch.testing.assert_close(chunked[-1], whole[-1], atol=1e-5, rtol=0)
+
+
+def test_a_budget_too_small_for_new_objects_leaves_a_tracker_that_goes_on(model, clip):
+    frames, mask = clip
+    settings = SessionSettings(include_previous=True, policy=ByteBudget(2 * 12 * (64 + 512) * 4))
+    tracker = Tracker(model, settings)
+    tracker.add(frames[0], np.where(mask > 0, 1, 0))
+    tracker.step(frames[1])
+    tracker.step(frames[2])
+    new = np.zeros_like(mask)
+    new[:8, :8] = 9
+    tracker.add(frames[2], new)
+    with pytest.raises(ValueError, match=r"ByteBudget.* a memory needs two"):
+        tracker.step(frames[3])
+    tracker.remove([9])
+    other = Tracker(model, settings)
+    other.load_state_dict(tracker.state_dict())
+    assert torch.equal(tracker.step(frames[3]), other.step(frames[3]))

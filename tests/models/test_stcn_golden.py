@@ -11,14 +11,6 @@ from vosops.models.stcn import STCN
 from vosops.propagate import Tracker
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     return fill(STCN(), Golden("STCN").config)

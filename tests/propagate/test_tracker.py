@@ -3,6 +3,7 @@
 
 import gc
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -118,19 +119,37 @@ def test_a_mask_on_the_next_frame_steps_to_it_first():
     assert torch.equal(follow.step(picture(2)), other.step(picture(2)))
 
 
-def test_a_correction_restarts_the_object_without_its_memory():
-    follow = tracker()
+def test_a_corrected_object_keeps_its_memory():
+    """The corrected frame is remembered as given, beside what was remembered before."""
+    follow = tracker(memory_every=100)
     follow.add(picture(0), mask_of(0, [1, 4]))
     for number in range(1, 4):
         follow.step(picture(number))
-    follow.add(picture(3), mask_of(3, [1]))
-    assert follow.object_ids == [4, 1]
-    probabilities = follow.step(picture(4))
-    assert follow.object_ids == [4, 1]
-    assert [group.object_ids for group in follow._session.bank.groups] == [(4,), (1,)]
-    assert follow._session.bank.groups[1].key.shape[2] == 1
-    for i in (1, 4):
-        assert overlap(probabilities, follow.object_ids, 4, i) > 0.6
+    correction = mask_of(3, [1])
+    correction[:, :18] = 0  # the user takes the left part away
+    follow.add(picture(3), correction)
+    assert follow.object_ids == [1, 4]
+    assert torch.equal(follow.probabilities[1] > 0.5, torch.from_numpy(correction == 1))
+    follow.step(picture(4))
+    assert follow.object_ids == [1, 4]
+    (group,) = follow._session.bank.groups
+    assert group.object_ids == (1, 4)
+    assert follow._session.bank.frames == (0, 3)
+    remembered = group.value[0, 0, 0] > 0.5  # [T, h, w] of object 1
+    assert remembered[0].sum() > remembered[1].sum() > 0
+    assert follow._session.calls[-3] == ("remember", 3, (1, 4), True)
+
+
+def test_a_correction_and_a_new_object_in_one_mask():
+    follow = tracker()
+    follow.add(picture(0), mask_of(0, [4, 9]))
+    follow.add(picture(1), mask_of(1, [1, 9]))
+    assert follow.object_ids == [4, 9, 1]
+    assert [group.object_ids for group in follow._session.bank.groups] == [(4, 9)]
+    probabilities = follow.step(picture(2))
+    assert [group.object_ids for group in follow._session.bank.groups] == [(4, 9), (1,)]
+    for i in (1, 4, 9):
+        assert overlap(probabilities, follow.object_ids, 2, i) > 0.6
 
 
 def test_masks_of_one_frame_may_come_one_by_one():
@@ -138,10 +157,10 @@ def test_masks_of_one_frame_may_come_one_by_one():
     follow.add(picture(0), mask_of(0, [4]))
     follow.add(picture(0), mask_of(0, [1]))
     follow.add(picture(0), mask_of(0, [4]))
-    assert follow.object_ids == [1, 4]
+    assert follow.object_ids == [4, 1]
     together = tracker()
     together.add(picture(0), mask_of(0, [1, 4]))
-    torch.testing.assert_close(follow.probabilities, together.probabilities, atol=1e-5, rtol=0)
+    torch.testing.assert_close(follow.probabilities[[0, 2, 1]], together.probabilities, atol=1e-5, rtol=0)
 
 
 def test_removed_objects_become_background_and_free_their_memory():
@@ -203,9 +222,32 @@ def test_errors_leave_the_tracker_unchanged():
     assert follow.object_ids == [1]
 
 
+def test_frames_in_any_memory_order_and_ids_of_numpy():
+    plain, turned = tracker(), tracker()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of arrays that it must not write to
+        for number in range(3):
+            frame, bgr = picture(number), np.ascontiguousarray(picture(number)[..., ::-1])
+            frame.setflags(write=False)
+            if number == 0:
+                plain.add(frame, mask_of(0, [1, 4]))
+                turned.add(
+                    bgr[..., ::-1], np.asfortranarray(mask_of(0, [1, 4])[::-1])[::-1].astype(np.uint16)
+                )
+            else:
+                assert torch.equal(plain.step(frame), turned.step(bgr[..., ::-1]))
+    turned.remove(np.array([4], np.int64))
+    assert turned.object_ids == [1]
+    for ids in (1, [1.0], ["1"]):
+        with pytest.raises(TypeError, match="object_ids must be integers, got"):
+            turned.remove(ids)
+
+
 def test_bad_options():
     with pytest.raises(TypeError, match="model must be a VideoModel, got Linear"):
         Tracker(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must have float32 weights, got torch.bfloat16: call"):
+        Tracker(ColourModel().bfloat16())
     with pytest.raises(TypeError, match="settings must be SessionSettings, got dict"):
         Tracker(ColourModel(), {})
     with pytest.raises(ValueError, match="dtype must be one of torch.float32.*, got torch.float64"):
@@ -270,7 +312,7 @@ def live_bytes():
 
 @pytest.mark.parametrize(
     ("policy", "frames", "most"),
-    [(Bounded(8, EveryNth(5)), 2000, 8 * 24 * (3 + 30) * 4), (ByteBudget(60_000), 600, 60_000)],
+    [(Bounded(8, EveryNth(5)), 2000, 8 * 24 * (3 + 30) * 4), (ByteBudget(60_000), 500, 60_000)],
 )
 def test_thirty_objects_over_thousands_of_frames_keep_a_bounded_memory(policy, frames, most):
     """Objects come on two frames, three leave; memory and live tensors stay where they were."""

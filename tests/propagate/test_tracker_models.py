@@ -40,7 +40,13 @@ def test_objects_come_and_go_and_a_state_is_exact(name):
     tracker.add(frames[2], late)
     assert tracker.object_ids == [7, 14, 3]
     assert tracker.probabilities[3][late == 3].min() > 0.99
-    probabilities = tracker.step(frames[3])
+    tracker.step(frames[3])
+    corrected = first * 0
+    corrected[25:35, 30:45] = 14
+    tracker.add(frames[3], corrected)
+    assert tracker.object_ids == [7, 14, 3]
+    assert tracker.probabilities[2][corrected == 14].min() > 0.99
+    assert tracker.probabilities[2][corrected == 0].max() < 0.01
     tracker.remove([7])
     other = Tracker(model, settings)
     other.load_state_dict(tracker.state_dict())

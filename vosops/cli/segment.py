@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
@@ -21,6 +22,7 @@ from vosops.data import open_frames, read_mask
 from vosops.memory import Bounded, ByteBudget, Policy
 from vosops.models import MODELS, SessionSettings, load
 from vosops.models.registry import find
+from vosops.propagate.augment import AugmentedSegmenter
 from vosops.propagate.label_propagator import LabelPropagator, PropagationSettings
 from vosops.propagate.run import RunError, Summary, VideoSegmenter, segment_video
 from vosops.propagate.tracker import Tracker
@@ -101,6 +103,14 @@ def segment(
     feature_weights: Annotated[
         Path | None, typer.Option(help="Weight file of the backbone of --features (.safetensors, .pth).")
     ] = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTORS",
+            help="Segment at several sizes and average, as 1.0,1.25: of the frame's sides. (default 1.0)",
+        ),
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Segment mirrored as well, and average.")] = False,
     no_overlay: Annotated[
         bool, typer.Option("--no-overlay", help="Write masks only: no overlay.mp4, no contact_sheet.png.")
     ] = False,
@@ -108,7 +118,8 @@ def segment(
     """Segment a video from the mask of its first frame.
 
     Writes one indexed PNG per frame as soon as it is known. A run that was stopped goes on with --resume.
-    Of two defaults the first is the propagation's, the second that of a --model.
+    Of two defaults the first is the propagation's, the second that of a --model. --scales and --flip work
+    with both; each costs a run of its own.
 
     Exit code 0: done; 1: stopped in the middle, what was written stays; 2: nothing was done.
     """
@@ -136,9 +147,13 @@ def segment(
                 feature_weights=feature_weights,
             )
             prepare = partial(_tracking, model, weights, dtype or Dtype.float32, options)
+        factors = (1.0,) if scales is None else _parse_scales(scales)
         source = open_frames(video)
         labels, palette = read_mask(mask, source.size)
-        segmenter, identity = prepare()
+        make, identity = prepare()
+        augmented = flip or factors != (1.0,)
+        segmenter = AugmentedSegmenter(make, factors, flip) if augmented else make()
+        identity |= {"scales": list(factors), "flip": flip}
         with _FrameProgress(console) as progress:
             summary = segment_video(
                 segmenter,
@@ -168,19 +183,19 @@ def _refuse(method: str, **options: object) -> None:
         raise ValueError(f"{', '.join(given)}: only for {method}")
 
 
-def _propagation(options: dict[str, Any]) -> tuple[VideoSegmenter, dict[str, Any]]:
-    """The training-free propagator, and what a resumed run must repeat."""
+def _propagation(options: dict[str, Any]) -> tuple[Callable[[], VideoSegmenter], dict[str, Any]]:
+    """What makes the training-free propagator, and what a resumed run must repeat."""
     settings = PropagationSettings(**options)
     values = asdict(settings) | {"memory_dtype": str(settings.memory_dtype).removeprefix("torch.")}
     if settings.feature_weights is not None:
         values["feature_weights"] = _digest(Path(settings.feature_weights))
-    return LabelPropagator(settings), values
+    return partial(LabelPropagator, settings), values
 
 
 def _tracking(
     name: str, weights: Path | None, dtype: Dtype, options: dict[str, Any]
-) -> tuple[VideoSegmenter, dict[str, Any]]:
-    """A tracker with a published model, and what a resumed run must repeat."""
+) -> tuple[Callable[[], VideoSegmenter], dict[str, Any]]:
+    """What makes a tracker with a published model, and what a resumed run must repeat."""
     find(name)
     if weights is None:
         raise ValueError(f"--model {name} needs its checkpoint: --weights FILE")
@@ -191,8 +206,8 @@ def _tracking(
     if size is not None:
         policy = ByteBudget(size) if policy is None else ByteBudget(size, policy)
     settings = SessionSettings(memory_every=options["memory_every"], policy=policy, top_k=options["top_k"])
-    tracker = Tracker(load(name, weights), settings, dtype=getattr(torch, dtype.value))
-    return tracker, {"model": name, "weights": _digest(weights), "dtype": dtype.value, **options}
+    make = partial(Tracker, load(name, weights), settings, dtype=getattr(torch, dtype.value))
+    return make, {"model": name, "weights": _digest(weights), "dtype": dtype.value, **options}
 
 
 def _digest(path: Path) -> str:
@@ -235,6 +250,13 @@ def _parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"--memory-bytes must be a size such as 512MB or 2GiB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _parse_scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(factor) for factor in text.split(","))
+    except ValueError:
+        raise ValueError(f"--scales must be numbers joined by commas, as 1.0,1.25; got {text!r}") from None
 
 
 def _report(summary: Summary) -> str:

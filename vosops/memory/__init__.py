@@ -2,6 +2,17 @@
 """The memory of a video: which frames are kept, with keys and values in the layout the operators read."""
 
 from .bank import MemoryBank, MemoryGroup
-from .policies import Bounded, ByteBudget, EveryNth, Policy
+from .long_term import LongTerm, LongTermMemory
+from .policies import Bounded, ByteBudget, EveryNth, Policy, SharedPolicy
 
-__all__ = ["Bounded", "ByteBudget", "EveryNth", "MemoryBank", "MemoryGroup", "Policy"]
+__all__ = [
+    "Bounded",
+    "ByteBudget",
+    "EveryNth",
+    "LongTerm",
+    "LongTermMemory",
+    "MemoryBank",
+    "MemoryGroup",
+    "Policy",
+    "SharedPolicy",
+]

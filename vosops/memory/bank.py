@@ -14,7 +14,7 @@ from vosops.ops.checks import FLOATS
 from vosops.ops.memory_read import memory_read
 from vosops.ops.priors import Prior
 
-from .checks import FrameShape, check_frame, check_ids, check_read, slice_prior
+from .checks import FrameShape, check_frame, check_ids, check_leaving, check_present, check_read, slice_prior
 from .policies import Policy, oldest
 from .storage import SlotTensor
 
@@ -180,10 +180,7 @@ class MemoryBank:
         ids = check_ids(object_ids)
         newest = max(self._frames) if self._frames else None
         shape = check_frame(frame_index, key, value, ids, shrinkage, self._shape, newest)
-        missing = [object_id for object_id in self.object_ids if object_id not in ids]
-        if missing:
-            raise ValueError(f"object_ids lacks {missing}, which are present: give their values or remove()")
-        entering = [object_id for object_id in ids if object_id not in self.object_ids]
+        entering = check_present(ids, self.object_ids)
         limit = self._limit(shape, len(ids))
         # Storage made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -287,10 +284,8 @@ class MemoryBank:
             Cost: one copy of the values of a group that loses only some of its objects, and of the frames
             that stay when others are dropped.
         """
-        ids = check_ids(list(object_ids))
-        unknown = sorted(set(ids) - set(self.object_ids))
-        if unknown or self._shape is None:
-            raise ValueError(f"object_ids: {unknown} are not in the memory, which holds {self.object_ids}")
+        ids = check_leaving(object_ids, self.object_ids)
+        assert self._shape is not None
         with torch.inference_mode(False), torch.no_grad():
             for group in self._groups:
                 kept = [i for i, object_id in enumerate(group.object_ids) if object_id not in ids]

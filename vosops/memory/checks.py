@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,23 @@ def check_ids(object_ids: Sequence[int]) -> list[int]:
     if len(set(object_ids)) < len(object_ids):
         raise ValueError(f"object_ids must be distinct, got {list(object_ids)}")
     return list(object_ids)
+
+
+def check_present(object_ids: Sequence[int], present: Sequence[int]) -> list[int]:
+    """Of the ids that come with a frame those that enter with it; none that is present may be missing."""
+    missing = [object_id for object_id in present if object_id not in object_ids]
+    if missing:
+        raise ValueError(f"object_ids lacks {missing}, which are present: give their values or remove()")
+    return [object_id for object_id in object_ids if object_id not in present]
+
+
+def check_leaving(object_ids: Iterable[int], present: Sequence[int]) -> list[int]:
+    """The ids to forget, each of which must be present."""
+    ids = check_ids(list(object_ids))
+    unknown = sorted(set(ids) - set(present))
+    if unknown:
+        raise ValueError(f"object_ids: {unknown} are not in the memory, which holds {list(present)}")
+    return ids
 
 
 def check_read(

@@ -13,7 +13,7 @@ from torch import Tensor
 from vosops.ops.checks import check_device, check_shape, check_tensor
 from vosops.ops.memory_read import memory_read
 
-from .checks import FrameShape, check_frame, check_ids
+from .checks import FrameShape, check_frame, check_ids, check_leaving, check_present
 
 _NEVER_READ = 1e-7  # reads of a new position, so that its usage is 0 and not 0/0
 
@@ -204,10 +204,7 @@ class LongTermMemory:
         check_tensor("selection", selection, layout="(1, Ck, H, W)")
         check_shape("selection", selection, key.shape, "(1, Ck, H, W), that of key")
         check_device("selection", selection, "key", key.device)
-        missing = [object_id for object_id in self.object_ids if object_id not in ids]
-        if missing:
-            raise ValueError(f"object_ids lacks {missing}, which are present: give their values or remove()")
-        entering = [object_id for object_id in ids if object_id not in self.object_ids]
+        entering = check_present(ids, self.object_ids)
         # Storage made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self._shape is None:
@@ -293,10 +290,7 @@ class LongTermMemory:
             Cost: one copy of the values of a group that loses only some of its objects, and of the
             positions that stay when others are dropped.
         """
-        ids = check_ids(list(object_ids))
-        unknown = sorted(set(ids) - set(self.object_ids))
-        if unknown or self._shape is None:
-            raise ValueError(f"object_ids: {unknown} are not in the memory, which holds {self.object_ids}")
+        ids = check_leaving(object_ids, self.object_ids)
         with torch.inference_mode(False), torch.no_grad():
             for group in self._groups:
                 kept = [i for i, object_id in enumerate(group.object_ids) if object_id not in ids]

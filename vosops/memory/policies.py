@@ -145,6 +145,39 @@ class ByteBudget:
         return _smaller(self.bytes // slot_bytes, self.inner.limit(slot_bytes))
 
 
+@dataclass(frozen=True)
+class SharedPolicy:
+    """What `inner` keeps in one of several banks that share its limit, and a frame that is only passing by.
+
+    Models that hold a bank per object (STM) ask `inner` about the bytes of all of them. Models that remember
+    the previous frame until the next one name it, whatever `inner` would do with it.
+
+    Args:
+        inner: the policy of the whole memory.
+        banks: how many banks share its bytes, at least 1.
+        temporary: index of a remembered frame that the next one replaces; None if there is none.
+
+    Raises:
+        TypeError, ValueError: inner is no policy; banks is no integer, or below 1.
+    """
+
+    inner: Policy
+    banks: int = 1
+    temporary: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_policy("SharedPolicy.inner", self.inner)
+        _check_integer("SharedPolicy.banks", self.banks, 1)
+
+    def slot(self, frame: int, frames: Sequence[int], entries: Collection[int]) -> int:
+        if self.temporary is not None and self.temporary in frames:
+            return list(frames).index(self.temporary)
+        return self.inner.slot(frame, frames, entries)
+
+    def limit(self, slot_bytes: int) -> int | None:
+        return self.inner.limit(slot_bytes * self.banks)
+
+
 def oldest(frames: Sequence[int], entries: Collection[int]) -> int:
     """The slot to give up when the memory is full; the first frame never is.
 

@@ -13,7 +13,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.transforms.functional import normalize
 
 _NETWORKS = {18: resnet18, 50: resnet50}
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pyramid(NamedTuple):
@@ -31,7 +31,7 @@ class Pyramid(NamedTuple):
 
 def normalize_imagenet(images: Tensor) -> Tensor:
     """Images (..., 3, H, W) in [0, 1], RGB, as torchvision's ImageNet weights expect them."""
-    return normalize(images, list(_MEAN), list(_STD))
+    return normalize(images, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 class ResNetTrunk(nn.Module):

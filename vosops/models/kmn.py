@@ -8,9 +8,8 @@ from torch import Tensor
 
 from vosops.ops.priors import KernelPrior
 
+from .encoders import IMAGENET_MEAN
 from .stm import STM
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 
 class KMN(STM):
@@ -84,5 +83,5 @@ def hide_and_seek(
     drawn = torch.rand(batch, time, 1, *grid, generator=generator, device=frames.device)
     hidden = (drawn < probability).repeat_interleave(cell, -2).repeat_interleave(cell, -1)
     hidden = hidden[..., :height, :width]  # [B, T, 1, H, W]
-    mean = frames.new_tensor(_IMAGENET_MEAN).view(3, 1, 1)
+    mean = frames.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
     return torch.where(hidden, mean, frames), masks.masked_fill(hidden, 0)

@@ -66,7 +66,7 @@ class Session(ABC, Generic[FeaturesT]):
 
     @abstractmethod
     def encode(self, image: Tensor) -> FeaturesT:
-        """Features of a prepared image (1, 3, H, W); computed once per frame, whatever the objects."""
+        """Features of an image from `VideoModel.prepare` (1, 3 or more, H, W), whatever the objects."""
 
     @abstractmethod
     def segment(self, features: FeaturesT) -> Tensor:
@@ -76,7 +76,7 @@ class Session(ABC, Generic[FeaturesT]):
     def remember(
         self,
         index: int,
-        image: Tensor,  # [1, 3, H, W]
+        image: Tensor,  # [1, 3 or more, H, W], of prepare
         features: FeaturesT,
         probabilities: Tensor,  # [1, 1+O, H, W]
         object_ids: Sequence[int],
@@ -90,7 +90,8 @@ class Session(ABC, Generic[FeaturesT]):
             image, features: of the frame.
             probabilities: of `segment`, or with a given mask laid over them.
             object_ids: O ids; those not seen before enter with this frame.
-            given: a mask was given on this frame: it is always remembered.
+            given: a mask was given on this frame, of objects that enter or as a correction of known ones: it
+                is always remembered, beside all that was before.
         """
 
     @abstractmethod
@@ -130,6 +131,9 @@ class VideoModel(nn.Module, ABC):
 
         Returns:
             Logits (B, T-1, 1+O, H, W) of frames 1..T-1; their softmax are the probabilities.
+
+        Raises:
+            TypeError, ValueError: an argument of another shape or dtype, named (`check_clip`).
         """
 
     def train(self, mode: bool = True) -> Self:
@@ -145,7 +149,9 @@ class VideoModel(nn.Module, ABC):
     def prepare(self, frame: Tensor) -> Tensor:
         """A frame (1, 3, h, w) float in [0, 1], RGB, as the model takes it: (1, 3, H, W).
 
-        By default zero-padded, centred, to multiples of `stride` (the smaller half above and left).
+        By default zero-padded, centred, to multiples of `stride` (the smaller half above and left). A model
+        may add channels of its own behind the colours, which only its session reads (STM returns a fourth
+        one that tells frame from padding).
         """
         return F.pad(frame, self.padding(frame.shape[-2], frame.shape[-1]))
 
@@ -162,3 +168,34 @@ class VideoModel(nn.Module, ABC):
         """(left, right, top, bottom) to the next multiples of `stride`, as `F.pad` takes them."""
         across, down = -width % self.stride, -height % self.stride
         return across // 2, across - across // 2, down // 2, down - down // 2
+
+
+def check_clip(frames: Tensor, first_mask: Tensor, multiple: int = 1) -> None:
+    """Checks the arguments of a model's `forward`.
+
+    Args:
+        frames, first_mask: as in `VideoModel.forward`.
+        multiple: of which height and width must be, for models that do not pad.
+
+    Raises:
+        TypeError, ValueError: names the argument at fault.
+    """
+    for name, tensor, layout, rank in (
+        ("frames", frames, "(B, T, 3, H, W)", 5),
+        ("first_mask", first_mask, "(B, O, H, W)", 4),
+    ):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor {layout}, got {got}")
+        if tensor.dim() != rank:
+            raise ValueError(f"{name} must have shape {layout}, got {list(tensor.shape)}")
+    batch, time, channels, height, width = frames.shape
+    if time < 2 or channels != 3:
+        raise ValueError(f"frames must have shape (B, T, 3, H, W) with T >= 2, got {list(frames.shape)}")
+    if height % multiple or width % multiple:
+        raise ValueError(f"frames must have sides that are multiples of {multiple}, got {[height, width]}")
+    if first_mask.shape[1] == 0 or (first_mask.shape[0], *first_mask.shape[2:]) != (batch, height, width):
+        raise ValueError(
+            f"first_mask must have shape (B, O, H, W) = {[batch, 'O >= 1', height, width]}, "
+            f"got {list(first_mask.shape)}"
+        )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vosops.memory import EveryNth, MemoryBank
+from vosops.memory import EveryNth, MemoryBank, SharedPolicy
 from vosops.ops.aggregate import soft_aggregate
 from vosops.ops.memory_read import memory_read
 
@@ -25,8 +25,7 @@ from .blocks import (
     other_masks,
 )
 from .encoders import ResNetTrunk, normalize_imagenet
-from .session import Session, SessionSettings, VideoModel
-from .stm_session import ObjectPolicy
+from .session import Session, SessionSettings, VideoModel, check_clip
 
 KEY_CHANNELS, VALUE_CHANNELS = 64, 512
 TOP_K, MEMORY_EVERY = 20, 5
@@ -144,6 +143,7 @@ class STCN(VideoModel):
 
     def forward(self, frames: Tensor, first_mask: Tensor) -> Tensor:
         """Training: see `VideoModel.forward`; every frame is remembered with its predicted masks."""
+        check_clip(frames, first_mask, self.stride)
         batch, time = frames.shape[:2]
         images = normalize_imagenet(frames)
         encoded = self.encode(images.flatten(0, 1))
@@ -178,7 +178,7 @@ class STCNSession(Session[Features]):
         self._previous = bool(settings.include_previous)
         top_k = TOP_K if settings.top_k is None else settings.top_k
         self._top_k = top_k or None
-        self._policy = ObjectPolicy(settings.policy or EveryNth(1))
+        self._policy = SharedPolicy(settings.policy or EveryNth(1))
         self._bank = MemoryBank(self._policy)
         self._last = 0  # the frame last remembered for good
         self._temporary: int | None = None
@@ -217,8 +217,10 @@ class STCNSession(Session[Features]):
         if stays or self._previous:
             value = self._model.encode_value(image, probabilities[:, 1:], features)
             self._bank.policy = replace(self._policy, temporary=self._temporary)
-            self._bank.append(index, features.key, value, object_ids)
-            self._bank.policy = self._policy
+            try:
+                self._bank.append(index, features.key, value, object_ids)
+            finally:  # a budget too small for new objects refuses the frame, not the states from here on
+                self._bank.policy = self._policy
             self._temporary = None if stays else index
             self._last = index if stays else self._last
 

@@ -16,8 +16,8 @@ from vosops.ops.memory_read import memory_read
 from vosops.ops.priors import KernelPrior
 
 from .blocks import ResBlock, freeze_batch_norm, other_masks, per_object
-from .encoders import Pyramid, ResNetTrunk
-from .session import Session, SessionSettings, VideoModel
+from .encoders import IMAGENET_MEAN, IMAGENET_STD, Pyramid, ResNetTrunk
+from .session import Session, SessionSettings, VideoModel, check_clip
 
 _SLOTS = 11
 _EMPTY_SLOT = math.log(1e-7 / (1 - 1e-7))
@@ -47,8 +47,8 @@ class QueryEncoder(ResNetTrunk):
 
     def __init__(self) -> None:
         super().__init__(50, stages=_STAGES)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Pyramid:
         """Image (B, 3, H, W) to its Pyramid."""
@@ -253,26 +253,3 @@ def merge_slots(logits: Tensor) -> Tensor:
     count = logits.shape[1]
     empty = logits.new_full((logits.shape[0], max(0, _SLOTS - count), *logits.shape[2:]), _EMPTY_SLOT)
     return torch.cat((logits, empty), 1).softmax(1)[:, :count]
-
-
-def check_clip(frames: Tensor, first_mask: Tensor) -> None:
-    """Checks the arguments of a model's forward; TypeError or ValueError names the one at fault."""
-    for name, tensor, layout, rank in (
-        ("frames", frames, "(B, T, 3, H, W)", 5),
-        ("first_mask", first_mask, "(B, O, H, W)", 4),
-    ):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor {layout}, got {got}")
-        if tensor.dim() != rank:
-            raise ValueError(f"{name} must have shape {layout}, got {list(tensor.shape)}")
-    if frames.shape[1] < 2 or frames.shape[2] != 3:
-        raise ValueError(f"frames must have shape (B, T, 3, H, W) with T >= 2, got {list(frames.shape)}")
-    expected = [frames.shape[0], "O >= 1", *frames.shape[3:]]
-    if first_mask.shape[1] == 0 or (first_mask.shape[0], *first_mask.shape[2:]) != (
-        frames.shape[0],
-        *frames.shape[3:],
-    ):
-        raise ValueError(
-            f"first_mask must have shape (B, O, H, W) = {expected}, got {list(first_mask.shape)}"
-        )

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vosops.memory import EveryNth, MemoryBank, Policy
+from vosops.memory import EveryNth, MemoryBank, SharedPolicy
+from vosops.memory.checks import check_leaving, check_present
 from vosops.ops.aggregate import soft_aggregate
 from vosops.ops.priors import Prior
 
@@ -19,29 +19,6 @@ from .session import Session, SessionSettings
 from .stm import STM, QueryFeatures, clamped_others, merge_slots
 
 _MEMORY_EVERY = 5
-
-
-@dataclass(frozen=True)
-class ObjectPolicy:
-    """What `policy` keeps of one object's memory, where all objects share its limit.
-
-    Args:
-        policy: of the whole memory.
-        objects: how many objects share its bytes.
-        temporary: a remembered frame that the next one replaces; None if the newest is to stay.
-    """
-
-    policy: Policy
-    objects: int = 1
-    temporary: int | None = None
-
-    def slot(self, frame: int, frames: Sequence[int], entries: Collection[int]) -> int:
-        if self.temporary is not None and self.temporary in frames:
-            return list(frames).index(self.temporary)
-        return self.policy.slot(frame, frames, entries)
-
-    def limit(self, slot_bytes: int) -> int | None:
-        return self.policy.limit(slot_bytes * self.objects)
 
 
 class STMSession(Session[QueryFeatures]):
@@ -115,29 +92,23 @@ class STMSession(Session[QueryFeatures]):
                 f"object_ids must be {probabilities.shape[1] - 1} distinct ids, one per channel of "
                 f"probabilities after the background, got {list(object_ids)}"
             )
-        missing = [object_id for object_id in self._banks if object_id not in object_ids]
-        if missing:
-            raise ValueError(f"object_ids lacks {missing}, which are present: give their masks or remove()")
+        entering = check_present(object_ids, self.object_ids)
         if not object_ids:
             return
         masks = masks_on_frame(image, probabilities)
-        entering = any(object_id not in self._banks for object_id in object_ids)
-        stays = given or entering or self._last is None or index - self._last >= self._every
+        stays = given or bool(entering) or self._last is None or index - self._last >= self._every
         if stays or self._previous:
             self._append(index, image[:, :3], masks, object_ids)
             self._temporary = None if stays else index
             self._last = index if stays else self._last
 
     def remove(self, object_ids: Sequence[int]) -> None:
-        unknown = sorted(set(object_ids) - set(self._banks))
-        if unknown:
-            raise ValueError(f"object_ids: {unknown} are not in the memory, which holds {self.object_ids}")
-        for object_id in set(object_ids):
+        for object_id in check_leaving(object_ids, self.object_ids):
             del self._banks[object_id]
 
     def state_dict(self) -> dict[str, Any]:
         for bank in self._banks.values():
-            bank.policy = ObjectPolicy(self._policy, len(self._banks))  # the one that loads it
+            bank.policy = SharedPolicy(self._policy, len(self._banks))  # the one that loads it
         return {
             **self._settings(),
             "last": self._last,
@@ -158,7 +129,7 @@ class STMSession(Session[QueryFeatures]):
                 raise ValueError(f"state was saved with {name} {state[name]}, this session has {mine[name]}")
         last, temporary, banks = state["last"], state["temporary"], {}
         for object_id, saved in state["banks"].items():
-            bank = MemoryBank(ObjectPolicy(self._policy, len(state["banks"])))
+            bank = MemoryBank(SharedPolicy(self._policy, len(state["banks"])))
             bank.load_state_dict(saved)
             banks[object_id] = bank
         self._last, self._temporary, self._banks = last, temporary, banks
@@ -177,7 +148,7 @@ class STMSession(Session[QueryFeatures]):
     def _append(self, index: int, image: Tensor, masks: Tensor, object_ids: Sequence[int]) -> None:
         """Encodes the objects' masks (1, O, H, W) and gives keys and values to their banks."""
         others = clamped_others(masks)
-        policy = ObjectPolicy(self._policy, len(object_ids), self._temporary)
+        policy = SharedPolicy(self._policy, len(object_ids), self._temporary)
         for chunk in object_chunks(len(object_ids), 16 * image.shape[2] * image.shape[3]):
             keys, values = self.model.encode_memory(image, masks[:, chunk], others[:, chunk])
             rows = zip(object_ids[chunk], keys.split(1), values.unsqueeze(1).split(1), strict=True)

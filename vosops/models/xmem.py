@@ -22,7 +22,7 @@ from .blocks import (
     other_masks,
 )
 from .encoders import ResNetTrunk, normalize_imagenet
-from .session import SessionSettings, VideoModel
+from .session import SessionSettings, VideoModel, check_clip
 from .xmem_memory import XMemSession
 
 KEY_DIM, VALUE_DIM, HIDDEN_DIM = 64, 512, 64
@@ -255,6 +255,7 @@ class XMem(VideoModel):
         The first frame has a deep update; of the others a fifth, drawn with torch's generator, in training
         mode, and none in evaluation mode.
         """
+        check_clip(frames, first_mask, self.stride)
         batch, time = frames.shape[:2]
         images = normalize_imagenet(frames)
         encoded = self.encode(images.flatten(0, 1))

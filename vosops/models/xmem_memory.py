@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vosops.memory import MemoryBank
-from vosops.memory.long_term import LongTerm, LongTermMemory
+from vosops.memory import LongTerm, LongTermMemory, MemoryBank
+from vosops.memory.checks import check_present
 
 from .session import Session, SessionSettings
 
@@ -94,10 +94,7 @@ class XMemSession(Session["Features"]):
         given: bool,
     ) -> None:
         present = self.object_ids
-        entering = [object_id for object_id in object_ids if object_id not in present]
-        missing = [object_id for object_id in present if object_id not in object_ids]
-        if missing:
-            raise ValueError(f"object_ids lacks {missing}, which are present: give their masks or remove()")
+        entering = check_present(object_ids, present)
         if not (given or entering or index - self._last >= self._every):
             if self._next_hidden is not None:
                 self._hidden, self._next_hidden = self._next_hidden, None

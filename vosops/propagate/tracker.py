@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Tracker:
     give way inside the new mask, and all are aggregated again.
 
     Args:
-        model: any `VideoModel`; moved to `device` and put into evaluation mode.
+        model: any `VideoModel` with float32 weights; moved to `device` and put into evaluation mode. Trackers
+            with the same device and channels_last may share one, in threads as well.
         settings: of its memory; by default as its paper or published code has it.
         device: where to run; that of the model's parameters by default.
         dtype: float32, or bfloat16 or float16 for autocast: convolutions run in it, affinities stay float32.
@@ -81,8 +83,14 @@ class Tracker:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         if channels_last not in (None, True, False):
             raise TypeError(f"channels_last must be a bool or None, got {channels_last!r}")
-        parameter = next(model.parameters(), None)
-        home = torch.device("cpu") if parameter is None else parameter.device
+        weights = [*model.parameters(), *model.buffers()]
+        other = {weight.dtype for weight in weights if weight.is_floating_point()} - {torch.float32}
+        if other:
+            raise TypeError(
+                f"model must have float32 weights, got {', '.join(sorted(map(str, other)))}: call "
+                "model.float(); convolutions run in a shorter type with dtype"
+            )
+        home = weights[0].device if weights else torch.device("cpu")
         self.device = home if device is None else torch.device(device)
         self.dtype = dtype
         self.settings = SessionSettings() if settings is None else settings
@@ -120,8 +128,10 @@ class Tracker:
     def add(self, frame: Frame, mask: NDArray[Any]) -> None:
         """Takes the given mask of a frame: of the first one, of new objects, or to correct objects.
 
-        Objects in `mask` are as it says from here on; one that was known before restarts from this frame,
-        without its memory. Objects that are not in `mask` go on; inside of it they give way.
+        Objects in `mask` are as it says on this frame, and the frame is remembered so. An object that was
+        known before is corrected: what was remembered of it stays, as in XMem's published code
+        (`LabelPropagator` lets it restart from this frame instead; to have that here, remove it and give it a
+        new id). Objects that are not in `mask` go on; inside of it they give way.
 
         Args:
             frame: (H, W, 3) uint8 RGB: the frame of the last `step`, or the next one of the video (which is
@@ -141,9 +151,10 @@ class Tracker:
                 "comes back a new id"
             )
         if self._present is None:
+            frame = frame.copy()
             image, features = self._encode(frame)
             background = image.new_ones(1, 1, *image.shape[-2:], dtype=torch.float32)
-            self._present = _Present(frame.copy(), image, features, background, [], False)
+            self._present = _Present(frame, image, features, background, [], False)
         elif not np.array_equal(frame, self._present.frame):
             self.step(frame)
         self._lay(torch.from_numpy(labels).to(self.device), ids)
@@ -167,6 +178,8 @@ class Tracker:
         if self._present is None:
             raise RuntimeError("step needs objects to follow: call add(frame, mask) with the first frame")
         self._remember(self._present)
+        # The caller's may change, and may lie in memory in ways that torch does not take (BGR reversed).
+        frame = frame.copy()
         image, features = self._encode(frame)
         ids = self._session.object_ids
         if ids:
@@ -175,7 +188,7 @@ class Tracker:
         else:
             probabilities = image.new_ones(1, 1, *image.shape[-2:], dtype=torch.float32)
         self._index += 1
-        self._present = _Present(frame.copy(), image, features, probabilities, ids, False)
+        self._present = _Present(frame, image, features, probabilities, ids, False)
         return self._restore(probabilities, frame)
 
     @torch.no_grad()
@@ -185,14 +198,20 @@ class Tracker:
         Raises:
             TypeError, ValueError: an id is not followed, or named twice; nothing has changed.
         """
-        ids = list(object_ids)
+        try:
+            ids = [operator.index(i) for i in object_ids]
+        except TypeError:
+            raise TypeError(f"object_ids must be integers, got {object_ids!r}") from None
         unknown = [i for i in ids if i not in self.object_ids]
         if unknown or len(set(ids)) < len(ids):
             raise ValueError(f"object_ids must be distinct ids of {self.object_ids}, got {ids}")
         if not ids or self._present is None:
             return
-        self._forget(ids)
         present = self._present
+        # Objects given on the present frame are not in the session yet.
+        known = [i for i in ids if i in self._session.object_ids]
+        if known:
+            self._session.remove(known)
         kept = [i for i, object_id in enumerate(present.object_ids) if object_id not in ids]
         objects = present.probabilities[:, 1:][:, kept]
         present.object_ids = [present.object_ids[i] for i in kept]
@@ -257,20 +276,15 @@ class Tracker:
         """Lays given labels (H, W) of `ids` over the present probabilities."""
         present = self._present
         assert present is not None
-        masks = torch.stack([labels == i for i in ids])[None].float()  # [1, O, H, W]
-        masks = self.model.prepare_mask(masks)
-        self._forget([i for i in ids if i in self._session.object_ids])
-        kept = [i for i, object_id in enumerate(present.object_ids) if object_id not in ids]
-        others = present.probabilities[:, 1:][:, kept] * (1 - masks.amax(1, keepdim=True))
-        present.object_ids = [present.object_ids[i] for i in kept] + ids
-        present.probabilities = aggregate(torch.cat((others, masks), 1))
+        given = torch.stack([labels == i for i in ids])[None].float()  # [1, O, H, W]
+        given = self.model.prepare_mask(given)
+        outside = 1 - given.amax(1, keepdim=True)
+        before = (present.probabilities[:, 1:] * outside).unbind(1)
+        objects = dict(zip(present.object_ids, before, strict=True))
+        objects |= dict(zip(ids, given.unbind(1), strict=True))  # corrected ones keep their place
+        present.object_ids = list(objects)
+        present.probabilities = aggregate(torch.stack(list(objects.values()), 1))
         present.given = True
-
-    def _forget(self, ids: list[int]) -> None:
-        # Objects given on the present frame are not in the session yet.
-        known = [i for i in ids if i in self._session.object_ids]
-        if known:
-            self._session.remove(known)
 
     def _remember(self, present: _Present) -> None:
         if not present.object_ids:
