@@ -30,7 +30,6 @@ def test_table(name):
     info = models.MODELS[name]
     assert info.name == name
     assert info.source
-    assert info.family
     assert info.checkpoint
     assert info.operators
     assert issubclass(info.model_class(), models.VideoModel)

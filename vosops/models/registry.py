@@ -23,7 +23,6 @@ class ModelInfo:
     Attributes:
         name: under which `create`, `load` and the command line know it.
         source: its paper.
-        family: models of one family differ in parts of one network.
         operators: of vosops that its inference calls.
         checkpoint: which published files it reads.
         target: "module:class" inside vosops.models, imported when asked for.
@@ -31,7 +30,6 @@ class ModelInfo:
 
     name: str
     source: str
-    family: str
     operators: tuple[str, ...]
     checkpoint: str
     target: str
@@ -68,7 +66,6 @@ MODELS = {
         ModelInfo(
             "stm",
             "Oh et al., ICCV 2019",
-            "STM",
             ("memory_read", "soft_aggregate"),
             _STM_FILE,
             "stm:STM",
@@ -76,7 +73,6 @@ MODELS = {
         ModelInfo(
             "kmn",
             "Seong et al., ECCV 2020",
-            "STM",
             ("memory_read with KernelPrior", "soft_aggregate"),
             f"{_STM_FILE} (the network is the same)",
             "kmn:KMN",
@@ -84,7 +80,6 @@ MODELS = {
         ModelInfo(
             "scm",
             "spatially constrained STM, Media AI challenge",
-            "STM",
             ("memory_read with MaskPrior", "soft_aggregate"),
             "its own, none is published",
             "scm:SCM",
@@ -92,7 +87,6 @@ MODELS = {
         ModelInfo(
             "stcn",
             "Cheng et al., NeurIPS 2021",
-            "STCN",
             ("memory_read", "soft_aggregate"),
             "stcn.pth and training checkpoints of the STCN authors",
             "stcn:STCN",
@@ -100,8 +94,7 @@ MODELS = {
         ModelInfo(
             "xmem",
             "Cheng and Schwing, ECCV 2022",
-            "XMem",
-            ("memory_read", "memory_match", "memory_gather", "soft_aggregate"),
+            ("memory_read with usage", "soft_aggregate"),
             "XMem.pth, XMem-s012.pth, XMem-no-sensory.pth of the XMem authors",
             "xmem:XMem",
         ),

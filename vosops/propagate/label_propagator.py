@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from vosops.ops.memory_read import memory_read
 from vosops.ops.priors import CenterPrior
 
 from .features import KeyProjection, make_features
+from .tracker import check_labels
 
 Frame = NDArray[np.uint8]
-
-VOID = 255
-"""Label of pixels that belong to no object; taken as background."""
 
 _SMALLEST = 16  # pixels a side
 _REACH = 3.0  # standard deviations of the prior beyond which a memory position is left out
@@ -183,7 +180,7 @@ class LabelPropagator:
                 has changed.
         """
         self._check_frame(frame)
-        labels = _check_mask(mask, frame.shape[:2])
+        labels = check_labels(mask, frame.shape[:2])
         ids = [int(i) for i in np.unique(labels) if i]
         self._check_budget(frame, len({*ids, *self._object_ids}))
         if self._present is None:
@@ -383,17 +380,3 @@ def _with_background(objects: Tensor) -> Tensor:
     # Groups of objects are read apart, so their sum may pass 1 where they meet.
     objects = objects / total.clamp(min=1)
     return torch.cat((1 - objects.sum(0, keepdim=True), objects)).clamp(min=0)
-
-
-def _check_mask(mask: object, size: Sequence[int]) -> NDArray[np.int64]:
-    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "iu":
-        got = str(mask.dtype) if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise TypeError(f"mask must be an array (H, W) of integer ids, got {got}")
-    if mask.shape != tuple(size):
-        raise ValueError(f"mask must have the frame's size {list(size)}, got {list(mask.shape)}")
-    if mask.min() < 0:
-        raise ValueError(f"mask must hold ids of at least 0, got {mask.min()}")
-    labels = np.where(mask == VOID, 0, mask).astype(np.int64)
-    if not labels.any():
-        raise ValueError("mask must hold at least one object (an id other than 0 and 255), got none")
-    return labels
