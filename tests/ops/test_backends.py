@@ -127,14 +127,16 @@ def test_reasons_of_the_cuda_backend(every_backend: None) -> None:
         "memory_key": OnGpu.of(torch.empty(1, 8, 5)),
         "memory_value": OnGpu.of(torch.empty(1, 1, 4, 5)),
     }
-    dense, mixed, wide = limits.reasons_against("cuda", tensors, None, None)
+    dense, mixed = limits.reasons_against("cuda", tensors, None, None)
     assert dense == "it has no dense read, top_k is None"
     assert "keys must all be bfloat16 or all float16, got query_key torch.bfloat16, memory_key" in mixed
-    assert wide == "memory_value is float32, it serves bfloat16, float16"
     served = {name: OnGpu.of(tensor.bfloat16()) for name, tensor in tensors.items()}
     assert limits.reasons_against("cuda", served, 3, None) == []
     (prior,) = limits.reasons_against("cuda", served, 3, vosops.KernelPrior())
     assert "KernelPrior" in prior
+    odd = {**served, "memory_key": OnGpu.of(torch.empty(1, 9, 5, dtype=torch.bfloat16))}
+    (channels,) = limits.reasons_against("cuda", odd, 3, None)
+    assert channels == "memory_key has Ck = 9, it serves multiples of 8"
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
