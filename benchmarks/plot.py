@@ -62,7 +62,8 @@ def draw(rows: Rows, about: Mapping[str, Any], stem: Path) -> list[Path]:
     for suffix, plain in (("ratios", True), ("ratios-other", False)):
         groups = ratio_groups([row for row in rows if _is_plain(row) is plain])
         if groups:
-            written.append(_ratios(groups, about, stem.with_name(f"{stem.name}-{suffix}.png")))
+            path = stem.with_name(f"{stem.name}-{suffix}.png")
+            written.append(_ratios(rows[0]["operator"], groups, about, path))
     return written
 
 
@@ -124,7 +125,10 @@ def frame_sweep(rows: Rows) -> dict[int, dict[str, float]]:
 
 
 def _ratios(
-    groups: Mapping[str, Mapping[str, tuple[float, bool]]], about: Mapping[str, Any], path: Path
+    operator: str,
+    groups: Mapping[str, Mapping[str, tuple[float, bool]]],
+    about: Mapping[str, Any],
+    path: Path,
 ) -> Path:
     peers = [name for name in _LABELS if any(name in ratios for ratios in groups.values())]
     height = 0.24 * sum(len(ratios) + 1 for ratios in groups.values()) + 1.8
@@ -158,7 +162,7 @@ def _ratios(
     axes.axvline(1, color=_COLORS["vosops"], linewidth=1.5)
     handles = [Patch(color=_COLORS[name]) for name in peers]
     figure.legend(handles, [_LABELS[name] for name in peers], fontsize=8, loc="outside upper center", ncols=3)
-    axes.set_xlabel("memory_read: time over that of vosops (above 1 vosops is faster; ✗ = wrong result)")
+    axes.set_xlabel(f"{operator}: time over that of vosops (above 1 vosops is faster; ✗ = wrong result)")
     return _save(figure, about, path)
 
 

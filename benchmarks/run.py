@@ -19,7 +19,7 @@ from rich.table import Table
 from . import environment, gpu, measure, plot
 from .case import Case, Job, Operator, Settings
 
-OPERATORS = ("memory_read",)
+OPERATORS = ("memory_read", "attention", "identity", "local_attention")
 RESULTS = Path(__file__).parent / "results"
 _REPEATS, _REPEATS_CUDA = 7, 50
 _FILE_WIDTH = 140  # columns where the output is not a terminal

@@ -3,6 +3,9 @@
 #include "kernels.h"
 
 #include "../aggregate/kernel.h"
+#include "../attention/dense.h"
+#include "../identity/kernel.h"
+#include "../local_attention/backward.h"
 #include "../memory_read/dense_backward.h"
 #include "../memory_read/gather.h"
 #include "../memory_read/match.h"
@@ -33,6 +36,18 @@ const Kernels kernels = {
     gather_backward,
     aggregate,
     aggregate_backward,
+    attention,
+    kIdentityChannels,
+    identity,
+    identity_backward,
+    local_layout,
+    local_pack,
+    local_pack_tables,
+    local_forward,
+    local_segment,
+    local_backward,
+    local_collect,
+    local_add_tables,
 };
 
 }  // namespace vosops::VOSOPS_ISA

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of one instruction set.
 #pragma once
+#include "../attention/problem.h"
+#include "../identity/problem.h"
+#include "../local_attention/problem.h"
 #include "../memory_read/problem.h"
 
 namespace vosops {
@@ -52,6 +55,33 @@ struct Kernels {
                     int64_t s0, int64_t s1, float* logits);
   void (*aggregate_backward)(const Operand& probabilities, int64_t batch, int64_t objects, int64_t positions,
                              int64_t s0, int64_t s1, const float* grad, float* grad_probabilities);
+
+  // Dense attention of query panels [first, last) of `cols` queries: see attention/dense.h.
+  void (*attention)(const Problem&, const Banks&, int64_t batch, int64_t first, int64_t last, float* read,
+                    float* lse);
+
+  // Identity embedding of a block of `identity_channels` from c0 on, output rows [first, last), and the
+  // gradient of its weights.
+  int identity_channels;
+  void (*identity)(const IdentityProblem&, const Operand& weight, const float* bias, int64_t c0,
+                   int64_t first, int64_t last, float* embedding);
+  void (*identity_backward)(const IdentityProblem&, int64_t c0, const float* grad, float* grad_weight);
+
+  // Local attention: rows [first, last) of all planes packed, the tables of a head, and tiles of queries.
+  void (*local_layout)(const LocalProblem&, LocalLayout&);
+  void (*local_pack)(const LocalProblem&, const LocalLayout&, const LocalPack&, int64_t first, int64_t last);
+  void (*local_pack_tables)(const LocalProblem&, const LocalLayout&, const LocalPack&, int64_t head);
+  void (*local_forward)(const LocalProblem&, const LocalLayout&, const LocalPack&, int64_t begin, int64_t end,
+                        float* read, float* lse);
+  // Its gradients: part `part` of a plane, run on its own; then row y of the keys and values, and the tables.
+  void (*local_segment)(const LocalProblem&, const LocalLayout&, int64_t plane, int64_t part, int64_t parts,
+                        LocalSegment&);
+  void (*local_backward)(const LocalProblem&, const LocalLayout&, const LocalPack&, const LocalGradients&,
+                         const LocalSegment&);
+  void (*local_collect)(const LocalProblem&, const LocalLayout&, const LocalSegment*, int count, int64_t y,
+                        float* grad_key, float* grad_value);
+  void (*local_add_tables)(const LocalProblem&, const LocalLayout&, const LocalSegment&, float* weight,
+                           float* weight_offset, float* relative_value);
 };
 
 namespace avx512_bf16 {

@@ -212,10 +212,11 @@ inline void load_position_major(const Operand& x, const void* base, int channels
   });
 }
 
-// Base address of an operand's batch entry and object.
+// Base address of an operand's batch entry, its head if it has several, and object.
 inline const void* base_of(const Operand& x, int64_t batch, int64_t object = 0) {
   const int64_t size = x.dtype == DType::kFloat ? 4 : 2;
-  return static_cast<const char*>(x.data) + (batch * x.batch_stride + object * x.object_stride) * size;
+  const int64_t start = batch / x.heads * x.batch_stride + batch % x.heads * x.head_stride;
+  return static_cast<const char*>(x.data) + (start + object * x.object_stride) * size;
 }
 
 // Element `where` (plus a channel's offset) of a batch entry as float.

@@ -20,6 +20,7 @@ struct Operand {
   const void* data = nullptr;
   DType dtype = DType::kFloat;
   int64_t batch_stride = 0, object_stride = 0, channel_stride = 0;
+  int64_t heads = 1, head_stride = 0;  // batch entries of the kernels that share one of the tensor
   Positions positions;
 
   explicit operator bool() const { return data != nullptr; }

@@ -79,12 +79,24 @@ inline float reduce_max(Vec v) {
   return best;
 }
 
+// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+constexpr float kShifter = 12582912.f;
+
+// 2^n from n + kShifter, for -126 <= n <= 127.
+inline Vec power_of_two(Vec shifted) {
+  VecI bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const VecI exponent = (bits - 0x4B400000 + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return power;
+}
+
 // e^x to 2 ulp for x <= 88; 0 below -87.3 (and for -inf), NaN for NaN.
 inline Vec exp(Vec x) {
   const Vec low = set1(-87.33f);
   const Vec clamped = x < low ? low : x;
-  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-  const Vec shifter = set1(12582912.f);
+  const Vec shifter = set1(kShifter);
   const Vec shifted = clamped * 1.44269504088896341f + shifter;
   const Vec n = shifted - shifter;
   const Vec r = (clamped - n * 0.693145751953125f) - n * 1.428606765330187e-6f;
@@ -95,12 +107,24 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  VecI bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  const VecI exponent = (bits - 0x4B400000 + 127) << 23;
-  Vec power;
-  std::memcpy(&power, &exponent, sizeof power);
-  const Vec result = p * power;
+  const Vec result = p * power_of_two(shifted);
+  return x < low ? Vec{} : result;
+}
+
+// 2^x to 2 ulp for x <= 127; 0 below -126 (and for -inf), NaN for NaN.
+inline Vec exp2(Vec x) {
+  const Vec low = set1(-126.f);
+  const Vec clamped = x < low ? low : x;
+  const Vec shifter = set1(kShifter);
+  const Vec shifted = clamped + shifter;
+  const Vec r = clamped - (shifted - shifter);
+  Vec p = set1(1.3276471519e-3f);  // minimax of 2^r on [-1/2, 1/2], relative error 7.5e-8
+  p = p * r + 9.6755413307e-3f;
+  p = p * r + 5.5507132750e-2f;
+  p = p * r + 2.4022119724e-1f;
+  p = p * r + 6.9314696706e-1f;
+  p = p * r + 1.0000000717e+0f;
+  const Vec result = p * power_of_two(shifted);
   return x < low ? Vec{} : result;
 }
 

@@ -84,7 +84,7 @@ inline Call make_call(const Tensor& query_key, const Tensor& memory_key,
   STD_TORCH_CHECK(p.memory > 0 && p.memory < INT32_MAX - 1024 && p.queries < INT32_MAX - 1024,
                   "between 1 and 2^31 memory positions and queries, got ", p.memory, " and ", p.queries);
   p.l2 = l2;
-  p.scale = float(scale);
+  p.scale = p.norm_scale = float(scale);
   p.query = operand_of(query_key, "query_key");
   p.key = operand_of(memory_key, "memory_key");
   p.shrinkage = operand_of(shrinkage, "shrinkage");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU operators of the top-k read: match and gather. The kernels do the work.
-#include "call.h"
+#include "passes.h"
 
 namespace vosops {
 namespace {
@@ -16,32 +16,7 @@ std::tuple<Tensor, Tensor> memory_match(Tensor query_key, Tensor memory_key, std
   const Tensor indices = make(query_key, {p.batch, p.queries, k}, ScalarType::Long);
   const Tensor weights = make(query_key, {p.batch, p.queries, k}, ScalarType::Float);
   if (p.batch * p.queries == 0) return {indices, weights};
-  call.packed.pairs = true;
-  call.pack();
-  const PackedQueries& packed = call.packed;
-  // A task's packed queries should stay in cache while it walks the memory. With too few queries for all
-  // threads the memory is split too, and the candidates of the splits are merged.
-  const int64_t longest = std::max<int64_t>(8, kCacheBytes / (int64_t(packed.depth) * call.k.rows * 4));
-  const int64_t blocks = call.chunk(packed.blocks, longest, 1);
-  const int64_t block_ranges = ceil_div(packed.blocks, blocks), threads = get_num_threads();
-  int64_t splits = 1;
-  if (blocks <= 4)
-    splits = std::clamp<int64_t>(threads / (p.batch * block_ranges), 1, ceil_div(p.memory, 2048));
-  const int64_t split = ceil_div(ceil_div(p.memory, splits), 64) * 64;
-  splits = ceil_div(p.memory, split);
-  const int64_t split_stride = p.batch * p.queries * k;
-  auto scores = uninitialised(splits * split_stride);
-  std::unique_ptr<int32_t[]> candidates(new int32_t[splits * split_stride]);
-  call.for_ranges(block_ranges * splits, 1, [&](int64_t batch, int64_t task, int64_t) {
-    const int64_t b0 = task / splits * blocks, s = task % splits;
-    const int64_t at = s * split_stride + (batch * p.queries + b0 * call.k.rows) * k;
-    call.k.match(p, packed, batch, b0, std::min(packed.blocks, b0 + blocks), s * split,
-                 std::min(p.memory, (s + 1) * split), k, scores.get() + at, candidates.get() + at);
-  });
-  parallel_for(0, p.batch * p.queries, 64, [&](int64_t q0, int64_t q1) {
-    call.k.finish(scores.get(), candidates.get(), splits, split_stride, q0, q1, k, data_of<int64_t>(indices),
-                  data_of<float>(weights));
-  });
+  match_all(call, k, data_of<int64_t>(indices), data_of<float>(weights));
   return {indices, weights};
 }
 

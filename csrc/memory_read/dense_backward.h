@@ -62,7 +62,8 @@ inline void dense_backward(const Problem& p, const PackedQueries& packed, const 
   const int64_t depth = packed.depth, key_panels = panels_of(depth), rows = chunked(p.queries);
   Panel panel(packed);
   Buffer<float> value_rows(value_panels * kCols * kCols, 0.f);  // [channel][position]
-  Buffer<float> key_rows(key_panels * kCols * kCols, 0.f);      // [panel][position][channel]
+  Buffer<float> identity_rows(values.identity ? columns * kCols : 0, 0.f);
+  Buffer<float> key_rows(key_panels * kCols * kCols, 0.f);  // [panel][position][channel]
   Buffer<float> sum_value(value_panels * kPaddedCols * kCols), sum_key(key_panels * kPaddedCols * kCols);
   // A product over positions reads whole groups of kRows: a few floats past the last row.
   Buffer<float> weights(kChunk * kCols + kRows, 0.f), slopes(kChunk * kCols + kRows, 0.f);
@@ -76,6 +77,14 @@ inline void dense_backward(const Problem& p, const PackedQueries& packed, const 
     for (int64_t o = 0; o < values.objects; ++o)
       load_channel_major(values.value, base_of(values.value, batch, o), int(values.channels), where,
                          panel.count, consecutive, &value_rows[o * values.channels * kCols], kCols);
+    if (values.identity) {
+      const bool beside = offsets_of(values.identity.positions, m, panel.count, where);
+      for (int64_t o = 0; o < values.objects; ++o)
+        load_channel_major(values.identity, base_of(values.identity, batch, o), int(values.channels), where,
+                           panel.count, beside, &identity_rows[o * values.channels * kCols], kCols);
+      for (int64_t i = 0; i < columns * kCols; i += kLanes)
+        store(&value_rows[i], load(&value_rows[i]) + load(&identity_rows[i]));
+    }
     for (int64_t c = 0; c < columns; ++c) {
       for (int j = panel.count; j < kCols; ++j) value_rows[c * kCols + j] = 0;
       if (!p.mask) continue;

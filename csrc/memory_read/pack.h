@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The score as one product: both sides of s_ij = <a_i, b_j> + bias_j, packed for the register
-// tile. q, k, e, r: query key, memory key, selection, shrinkage.
+// tile. q, k, e, r: query key, memory key (times its gate), selection, shrinkage.
 //
 //   dot                  a = scale q            b = k
-//   l2                   a = 2 scale q          b = r k              bias = -scale r |k|^2
+//   l2                   a = 2 scale q          b = r k              bias = -norm_scale r |k|^2
 //   l2 with selection    a = scale (2 e q, -e, -sum e q^2)   b = (r k, r k^2, r)
 //   with log_prior       one more channel:  a = log_prior, b = gain
 //
@@ -23,8 +23,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 inline void layout(const Problem& p, PackedQueries& packed) {
   packed.depth = p.channels;
-  packed.pairs = packed.pairs && kPairs && !p.selection && !p.shrinkage && !p.gain && !p.precision &&
-                 p.query.dtype == DType::kBFloat16 && p.key.dtype == DType::kBFloat16;
+  packed.pairs = packed.pairs && kPairs && !p.selection && !p.shrinkage && !p.gate && !p.gain &&
+                 !p.precision && p.query.dtype == DType::kBFloat16 && p.key.dtype == DType::kBFloat16;
   if (packed.pairs) packed.depth = (p.channels + 1) / 2;
   if (p.selection) packed.depth = 2 * p.channels + 1;
   if (p.gain) packed.depth += 1;
@@ -95,22 +95,21 @@ struct Panel {
     if (count < kCols) fill(keys, int64_t(channels) * kCols, 0.f);
     load_channel_major(p.key, base_of(p.key, batch), channels, where, count, consecutive, keys, kCols);
     if (p.mask) hide_masked(p, batch, channels);
+    float r[kCols];
+    if (p.gate) {
+      load_positions(p.gate, batch, r);
+      multiply_positions(r, channels);
+    }
     Vec square[kVecs] = {};
     for (int c = 0; c < channels; ++c)
       for (int v = 0; v < kVecs; ++v) {
         const Vec k = load(keys + c * kCols + v * kLanes);
         square[v] += k * k;
       }
-    float r[kCols];
-    for (int j = 0; j < kCols; ++j) r[j] = 1;
-    if (p.shrinkage) {
-      const void* base = base_of(p.shrinkage, batch);
-      for (int j = 0; j < count; ++j)
-        r[j] = load_one(p.shrinkage, base, offset(p.shrinkage.positions, start + j));
-    }
+    load_positions(p.shrinkage, batch, r);
     for (int v = 0; v < kVecs; ++v) {
       const bool with_norm = p.l2 && !p.selection;
-      store(bias + v * kLanes, with_norm ? -p.scale * load(r + v * kLanes) * square[v] : Vec{});
+      store(bias + v * kLanes, with_norm ? -p.norm_scale * load(r + v * kLanes) * square[v] : Vec{});
     }
     if (p.selection) {
       for (int c = 0; c < channels; ++c)
@@ -122,11 +121,7 @@ struct Panel {
         }
       std::memcpy(keys + int64_t(2 * channels) * kCols, r, sizeof r);
     } else if (p.shrinkage) {
-      for (int c = 0; c < channels; ++c)
-        for (int v = 0; v < kVecs; ++v) {
-          float* at = keys + c * kCols + v * kLanes;
-          store(at, load(at) * load(r + v * kLanes));
-        }
+      multiply_positions(r, channels);
     }
     if (p.gain) {
       float* last = data.data() + data.size() - kCols;
@@ -138,6 +133,20 @@ struct Panel {
   }
 
  private:
+  // What an operand holds for the panel's positions; 1 where there is none.
+  void load_positions(const Operand& x, int64_t batch, float* out) const {
+    for (int j = 0; j < kCols; ++j) out[j] = 1;
+    if (!x) return;
+    const void* base = base_of(x, batch);
+    for (int j = 0; j < count; ++j) out[j] = load_one(x, base, offset(x.positions, first + j));
+  }
+  void multiply_positions(const float* factor, int channels) {
+    for (int c = 0; c < channels; ++c)
+      for (int v = 0; v < kVecs; ++v) {
+        float* at = data.data() + c * kCols + v * kLanes;
+        store(at, load(at) * load(factor + v * kLanes));
+      }
+  }
   bool visible(const Problem& p, int64_t batch, int j) const {
     const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + batch * p.mask.batch_stride;
     return mask[offset(p.mask.positions, first + j)] != 0;
@@ -177,7 +186,7 @@ struct Panel {
           std::memcpy(&high, &high_bits, sizeof high);
           square[v] += low * low + high * high;
         }
-    for (int v = 0; v < kVecs; ++v) store(bias + v * kLanes, -p.scale * square[v]);
+    for (int v = 0; v < kVecs; ++v) store(bias + v * kLanes, -p.norm_scale * square[v]);
     for (int j = count; j < kCols; ++j) bias[j] = -kInf;
     if (p.mask) hide_bias(p, batch);
   }

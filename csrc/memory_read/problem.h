@@ -6,13 +6,14 @@
 namespace vosops {
 
 // s_ij = <a_i, b_j> + bias_j - precision_j |x_i - c_j|^2 over `depth` channels, where a and b
-// are built from the keys when they are packed (pack.h).
+// are built from the keys when they are packed (pack.h). Attention's heads are batch entries.
 struct Problem {
   int64_t batch = 0, queries = 0, memory = 0;
   int channels = 0;
   bool l2 = false;
-  float scale = 1;
+  float scale = 1, norm_scale = 1;  // norm_scale: of |k|^2
   Operand query, key, shrinkage, selection;
+  Operand gate;                      // of the key, its norm included; positions only
   Operand mask;                      // bool; positions only
   const float* centers = nullptr;    // [B, M, 2] row, column
   const float* precision = nullptr;  // [B, M]
@@ -32,7 +33,8 @@ struct PackedQueries {
 };
 
 struct Values {
-  Operand value;  // [B, O, Cv, position]
+  Operand value;     // [B, O, Cv, position]
+  Operand identity;  // likewise, added to it; only dense_backward knows it
   int64_t objects = 0, channels = 0;
 };
 

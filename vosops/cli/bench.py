@@ -37,7 +37,9 @@ def load_benchmarks(module: str) -> ModuleType:
 
 
 def bench(
-    operator: Annotated[str, typer.Argument(help="Operator to benchmark: memory_read.")],
+    operator: Annotated[
+        str, typer.Argument(help="Operator: memory_read, attention, local_attention or identity.")
+    ],
     shape: Annotated[
         list[str] | None,
         typer.Option(help="Shape or group (standard, small, frames); repeatable. Default: standard."),
@@ -55,7 +57,9 @@ def bench(
     backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward together.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's choice.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed rounds; the median is reported.")] = 7,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed rounds; the median is reported. Default: 7, on CUDA 50.")
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Everything that belongs in benchmarks/results, written there.")
     ] = False,
