@@ -23,6 +23,11 @@ _COLORS = {
     "compiled_smart": "#a3b18a",
     "sdpa": "#edae49",
     "flex": "#8d6a9f",
+    "unfold": "#30638e",
+    "dense_scatter": "#00798c",
+    "masked_dense": "#7a9e9f",
+    "natten": "#a3b18a",
+    "sampler": "#5f7470",
     "vosops_triton": "#e07a5f",
     "vosops_cuda": "#9b2226",
 }
@@ -31,8 +36,13 @@ _LABELS = {
     "smart_eager": "topk + embedding_bag (smart eager)",
     "compiled": "torch.compile of eager",
     "compiled_smart": "torch.compile of smart eager",
-    "sdpa": "SDPA (dense)",
-    "flex": "FlexAttention (dense)",
+    "sdpa": "SDPA",
+    "flex": "FlexAttention",
+    "unfold": "published formula (unfold)",
+    "dense_scatter": "published fallback (scatter into Q x Q)",
+    "masked_dense": "masked dense attention",
+    "natten": "NATTEN",
+    "sampler": "spatial_correlation_sampler",
     "vosops_triton": "vosops, Triton forced",
     "vosops_cuda": "vosops, CUDA C++ forced",
 }
@@ -130,7 +140,11 @@ def _ratios(
     about: Mapping[str, Any],
     path: Path,
 ) -> Path:
-    peers = [name for name in _LABELS if any(name in ratios for ratios in groups.values())]
+    timed = {name for ratios in groups.values() for name in ratios}
+    unknown = timed - set(_LABELS)
+    if unknown:
+        raise KeyError(f"a peer needs a label and a colour in plot.py: {sorted(unknown)}")
+    peers = [name for name in _LABELS if name in timed]
     height = 0.24 * sum(len(ratios) + 1 for ratios in groups.values()) + 1.8
     figure, axes = plt.subplots(figsize=(9, max(3.2, height)), layout="constrained")
     position, ticks = 0.0, []

@@ -83,3 +83,21 @@ def test_frame_figures() -> None:
     stages = {(row["stage"], row["dtype"]): row["ms"] for row in record["formats"] if "last" in row["layout"]}
     gains = [ms / stages[stage, "bfloat16"] for (stage, dtype), ms in stages.items() if dtype == "float32"]
     assert f"{min(gains):.1f} to {max(gains):.1f} times as fast" in README
+
+
+def test_lstt_figures() -> None:
+    for shape, operator, *figures in table("LSTT shape"):
+        rows = json.loads((RESULTS / f"{operator}.json").read_text())["rows"]
+        measured = {
+            row["implementation"]: row
+            for row in rows
+            if (row["shape"], row["dtype"], row["direction"]) == (shape.strip("`"), "float32", "forward")
+        }
+
+        def ratio(*names: str, among: dict = measured) -> str:
+            known = [among[name]["ratio"] for name in names if name in among and among[name]["ratio"]]
+            return f"{known[0]:.1f}x" if known else ""
+
+        expected = [ratio("eager", "unfold"), ratio("dense_scatter", "smart_eager")]
+        expected += [ratio("masked_dense"), ratio("sdpa"), f"{measured['vosops']['extra_mib']:.0f}"]
+        assert figures == expected, shape
