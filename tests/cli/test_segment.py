@@ -207,7 +207,7 @@ class ColourInfo(ModelInfo):
 
 @pytest.fixture
 def checkpoint(folder, monkeypatch):
-    monkeypatch.setitem(MODELS, "stcn", ColourInfo("stcn", "", "", (), "", ""))
+    monkeypatch.setitem(MODELS, "stcn", ColourInfo("stcn", "", (), "", ""))
     torch.save({"network": ColourModel().state_dict()}, "stcn.pth")
     return ("clip", "--mask", "mask.png", "--model", "stcn", "--weights", "stcn.pth", "--no-overlay")
 
