@@ -304,7 +304,7 @@ def live_bytes():
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor):
+        if type(found) in (torch.Tensor, torch.nn.Parameter):  # not the fake ones of compiled code
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
