@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .schema import operator
+from ..families import operator
+from . import schema  # noqa: F401  defines the operators
 
 
 def soft_aggregate(probabilities: Tensor, family: str) -> Tensor:

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """soft_aggregate's torch.library operators: schemas, fake kernels and gradient. Torch only.
 
-As for the memory read there are two families: compiled libraries, and Triton with the prefix "triton_".
+Two families share them (`..families`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FAMILIES = ("", "triton_")
-
-
-def operator(family: str, name: str) -> Any:
-    return getattr(torch.ops.vosops, family + name)
+from ..families import FAMILIES, operator, register_triton
 
 
 def _fake_forward(probabilities: Tensor) -> Tensor:
@@ -40,15 +34,6 @@ def _gradient(ctx: Any, grad: Tensor, family: str) -> Tensor:
     return result.view(probabilities.shape).to(probabilities.dtype)
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """The kernel launcher of an operator; importing vosops needs torch only."""
-
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(".triton", __package__), name)(*arguments)
-
-    return call
-
-
 _library = torch.library.Library("vosops", "FRAGMENT")
 for _family in FAMILIES:
     for _name, _signature, _fake in (
@@ -58,8 +43,7 @@ for _family in FAMILIES:
         _library.define(f"{_family}{_name}{_signature}")
         torch.library.register_fake(f"vosops::{_family}{_name}", _fake)
         if _family:
-            for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
-                _library.impl(_family + _name, _triton(_name), _device)
+            register_triton(_library, _name, __package__)
     torch.library.register_autograd(
         f"vosops::{_family}soft_aggregate",
         functools.partial(_gradient, family=_family),

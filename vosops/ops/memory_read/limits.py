@@ -29,7 +29,7 @@ def reasons_against(
     if key is not None and key.shape[1] > most:
         reasons.append(f"memory_key has Ck = {key.shape[1]} channels, it serves at most {most}{when}")
     for name, tensor, first in (("memory_key", key, 2), ("memory_value", value, 3)):
-        if tensor is not None and _runs(tensor, first) > 3:
+        if tensor is not None and len(merged(tensor, first)[0]) > 3:
             reasons.append(f"{name} has positions that take more than three strides")
     if backend == "cuda":
         reasons += _cuda_reasons(tensors, top_k, prior)
@@ -49,12 +49,16 @@ def _cuda_reasons(tensors: dict[str, Tensor], top_k: int | None, prior: Prior | 
     return reasons
 
 
-def _runs(tensor: Tensor, first: int) -> int:
-    """Strides that the dimensions from `first` on take once neighbours are merged."""
-    runs, last = 0, 0
+def merged(tensor: Tensor, first: int) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the dimensions from `first` on, neighbours merged where one stride spans both."""
+    sizes: list[int] = []
+    strides: list[int] = []
     for size, stride in zip(tensor.shape[first:], tensor.stride()[first:], strict=True):
         if size == 1:
             continue
-        runs += not (runs and last == size * stride)
-        last = stride
-    return runs
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides

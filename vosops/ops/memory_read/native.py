@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..families import operator
 from .problem import Scores
-from .schema import operator, scores_arguments
+from .schema import scores_arguments
 
 
 class Kernels:

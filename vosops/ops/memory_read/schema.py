@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory read's torch.library operators: schemas, fake kernels and gradients. Torch only.
 
-Two families share them: the compiled libraries register kernels for the plain names (CPU, CUDA), Triton's
-kernels have the prefix "triton_" and are imported with their first call. Autocast has no rule on purpose:
-the kernels take any mix of float types and accumulate in float32, so casting would only copy the memory.
+Two families share them (`..families`). Autocast has no rule on purpose: the kernels take any mix of float
+types and accumulate in float32, so casting would only copy the memory.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..families import FAMILIES, operator, register_triton
 from . import backward
 from .problem import Scores
-
-FAMILIES = ("", "triton_")
 
 _SCORES = (
     "Tensor query_key, Tensor memory_key, Tensor? shrinkage, Tensor? selection, Tensor? memory_mask, "
@@ -43,10 +40,6 @@ _SCHEMAS = {
 }
 
 _library = torch.library.Library("vosops", "FRAGMENT")
-
-
-def operator(family: str, name: str) -> Any:
-    return getattr(torch.ops.vosops, family + name)
 
 
 def scores_arguments(p: Scores) -> tuple[Any, ...]:
@@ -161,15 +154,6 @@ def _shaped(inputs: Any, grads: Any) -> list[Tensor | None]:
     return [None if x is None else g.view(x.shape).to(x.dtype) for x, g in zip(inputs, grads, strict=True)]
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """The kernel launcher of an operator; importing vosops needs torch only."""
-
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(".triton", __package__), name)(*arguments)
-
-    return call
-
-
 # Plain torch on every device: it touches the Q k pairs that were kept and nothing else.
 _library.define(
     f"memory_match_backward({_SCORES}, Tensor grad_weights, Tensor indices, Tensor weights) "
@@ -183,8 +167,7 @@ for _family in FAMILIES:
     for _name, _schema in _SCHEMAS.items():
         _library.define(f"{_family}{_name}{_schema}")
         if _family:
-            for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
-                _library.impl(_family + _name, _triton(_name), _device)
+            register_triton(_library, _name, __package__)
     _fakes: dict[str, Callable[..., Any]] = {
         "memory_match": _fake_match,
         "memory_read_dense": _fake_dense,

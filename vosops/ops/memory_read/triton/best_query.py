@@ -11,7 +11,7 @@ from torch import Tensor
 from ...launch import launch, on_device
 from ..problem import Scores
 from .operands import Operands, column_tile
-from .scores import load_memory, load_query, masked, offset_of, score
+from .scores import load_memory, load_query, score
 
 
 @triton.jit
@@ -29,10 +29,10 @@ def best_query_kernel(
     """best [B, M]: the lowest of the queries with the largest score; NaN never wins."""
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_b = tl.program_id(1).to(tl.int64)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
-        p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+        p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+        p_mask + i_b * memory, p_shrinkage + i_b * memory,
+        i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     if LOG_PRIOR:
         b_position_gain = tl.load(p_position_gain + i_b * memory + i_m, mask=valid, other=0.0)
@@ -47,8 +47,10 @@ def best_query_kernel(
             i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         if LOG_PRIOR:
             b_log_prior = tl.load(p_log_prior + i_b * queries + i_q, mask=i_q < queries, other=0.0)
             b_score = b_score + b_log_prior[:, None] * b_position_gain[None, :]
@@ -57,7 +59,7 @@ def best_query_kernel(
             b_down = i_q[:, None] // width - (i_cell // width)[None, :]
             b_across = i_q[:, None] % width - (i_cell % width)[None, :]
             allowed = allowed & (tl.abs(b_down) <= reach) & (tl.abs(b_across) <= reach)
-        b_score = masked(tl.where(allowed, b_score, float("-inf")), valid)
+        b_score = tl.where(allowed, b_score, float("-inf"))
         b_max = tl.max(b_score, 0)
         b_row = tl.where(b_score == b_max[None, :], i_q[:, None], queries)
         b_first = tl.min(b_row, 0)

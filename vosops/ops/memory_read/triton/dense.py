@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...launch import capability, launch, on_device, split
 from ..problem import Scores
-from .operands import TYPES, Operands, Positions, channel_strides, column_tile
-from .scores import load_memory, load_query, masked, offset_of, score, with_prior
+from .operands import TYPES, Operands, Positions, column_tile, value_strides
+from .scores import load_memory, load_query, offset_of, score
 
 
 @triton.jit
@@ -52,19 +52,16 @@ def read_kernel(
     b_read = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + tl.arange(0, BLOCK_M)
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_key, b_gain, valid = load_memory(
-            p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+            p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+            p_mask + i_b * memory, p_shrinkage + i_b * memory,
+            i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
-        if PRIOR:
-            b_score = with_prior(
-                b_score, p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, valid, width
-            )
-        b_score = masked(b_score, valid)
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         b_new = tl.maximum(b_top, tl.max(b_score, 1))
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_weight = tl.exp(b_score - b_shift[:, None])
@@ -144,10 +141,10 @@ def usage_kernel(
     """usage [B, M] = sum over queries of exp(s - lse)."""
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_b = tl.program_id(1).to(tl.int64)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
-        p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+        p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+        p_mask + i_b * memory, p_shrinkage + i_b * memory,
+        i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     b_usage = tl.zeros((BLOCK_M,), tl.float32)
     for i_q0 in range(0, queries, BLOCK_Q):
@@ -158,14 +155,12 @@ def usage_kernel(
             i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
-        if PRIOR:
-            b_score = with_prior(
-                b_score, p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, valid, width
-            )
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         b_lse = tl.load(p_lse + i_b * queries + i_q, mask=i_q < queries, other=float("inf"))
-        b_usage += tl.sum(tl.exp(masked(b_score, valid) - b_lse[:, None]), 0)
+        b_usage += tl.sum(tl.exp(b_score - b_lse[:, None]), 0)
     tl.store(p_usage + i_b * memory + i_m, b_usage, mask=i_m < memory)
 
 
@@ -197,7 +192,7 @@ def read(p: Scores, value: Tensor) -> tuple[Tensor, Tensor]:
             read_kernel,
             (triton.cdiv(o.queries, block_q), chunks, o.batch * parts),
             *o.query, *o.memory_side, o.queries, o.memory,
-            value, *_value_strides(value), *positions.arguments,
+            value, *value_strides(value), *positions.arguments,
             target, lses, value_width, o.batch, span, *strides,
             **o.options, VALUE_FLAT=positions.flat,
             VALUE_DTYPE=TYPES[value.dtype if narrow else torch.float32], PARTS=parts if parts == 1 else 2,
@@ -228,11 +223,6 @@ def usage(p: Scores, lse: Tensor) -> Tensor:
             **o.options, BLOCK_Q=block_q, BLOCK_M=block_m, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return result
-
-
-def _value_strides(value: Tensor) -> tuple[int, ...]:
-    per_object, s_object, s_channel = channel_strides(value)
-    return per_object, value.stride(0), s_object, s_channel
 
 
 def _tile(o: Operands, value: Tensor, narrow: bool) -> tuple[int, int, int, int]:

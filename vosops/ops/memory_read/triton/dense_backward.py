@@ -16,8 +16,8 @@ from torch import Tensor
 from ...launch import launch, on_device, split
 from ..problem import Scores
 from .gather import value_gradient
-from .operands import TYPES, Operands, Positions, channel_strides
-from .scores import load_memory, load_query, masked, offset_of, score, with_prior
+from .operands import TYPES, Operands, Positions, value_strides
+from .scores import load_memory, load_query, offset_of, score
 
 
 @triton.jit
@@ -36,10 +36,10 @@ def value_kernel(
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     i_b = tl.program_id(2).to(tl.int64)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
-        p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+        p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+        p_mask + i_b * memory, p_shrinkage + i_b * memory,
+        i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     b_out = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for i_q0 in range(0, queries, BLOCK_Q):
@@ -50,14 +50,12 @@ def value_kernel(
             i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
-        if PRIOR:
-            b_score = with_prior(
-                b_score, p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, valid, width
-            )
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         b_lse = tl.load(p_lse + i_b * queries + i_q, mask=i_q < queries, other=float("inf"))
-        b_weight = tl.exp(masked(b_score, valid) - b_lse[:, None])
+        b_weight = tl.exp(b_score - b_lse[:, None])
         b_grad = tl.load(
             p_grad + i_b * queries * value_width + (i_q.to(INDEX)[:, None] * value_width + i_v[None, :]),
             mask=(i_q < queries)[:, None] & (i_v < value_width)[None, :], other=0.0,
@@ -95,7 +93,7 @@ def score_gradient(
         )
     b_lse = tl.load(p_lse + i_q, mask=i_q < queries, other=float("inf"))
     b_delta = tl.load(p_delta + i_q, mask=i_q < queries, other=0.0)
-    return tl.exp(masked(b_score, valid) - b_lse[:, None]) * (b_product - b_delta[:, None])
+    return tl.exp(b_score - b_lse[:, None]) * (b_product - b_delta[:, None])
 
 
 @triton.jit
@@ -117,11 +115,11 @@ def memory_kernel(
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_b = tl.program_id(1).to(tl.int64)
     i_c = tl.arange(0, BLOCK_C)
-    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT, INDEX)
     b_key, b_gain, valid = load_memory(
-        p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-        i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+        p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+        p_mask + i_b * memory, p_shrinkage + i_b * memory,
+        i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
     )  # fmt: skip
     b_along = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     b_squared = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -135,12 +133,10 @@ def memory_kernel(
             i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
-        if PRIOR:
-            b_score = with_prior(
-                b_score, p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, valid, width
-            )
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         b_ds = score_gradient(
             b_score, valid, i_q, queries, p_lse + i_b * queries, p_delta + i_b * queries,
             p_grad + i_b * queries * value_width, p_value + i_b * sv_batch, v_at,
@@ -198,19 +194,17 @@ def query_kernel(
     b_alone = tl.zeros((BLOCK_Q,), tl.float32)
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + tl.arange(0, BLOCK_M)
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         v_at = offset_of(i_m, v_middle, v_inner, sv_outer, sv_middle, sv_inner, VALUE_FLAT, INDEX)
         b_key, b_gain, valid = load_memory(
-            p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+            p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+            p_mask + i_b * memory, p_shrinkage + i_b * memory,
+            i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
-        if PRIOR:
-            b_score = with_prior(
-                b_score, p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, valid, width
-            )
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         b_ds = score_gradient(
             b_score, valid, i_q, queries, p_lse + i_b * queries, p_delta + i_b * queries,
             p_grad + i_b * queries * value_width, p_value + i_b * sv_batch, v_at,
@@ -254,8 +248,7 @@ def backward(
     block_q, block_m, most_v, warps = _tile(o, value_dtype != tl.float32)
     block_v = min(most_v, max(16, triton.next_power_of_2(value_width)))
     scores = (*o.query, *o.memory_side, o.queries, o.memory)
-    per_object, s_object, s_channel = channel_strides(value)
-    values = (value, per_object, value.stride(0), s_object, s_channel, *positions.arguments)
+    values = (value, *value_strides(value), *positions.arguments)
     options = {**o.options, "VALUE_DTYPE": value_dtype, "BLOCK_Q": block_q, "BLOCK_M": block_m}
     blocks = triton.cdiv(o.memory, block_m)
     parts = split(blocks, triton.cdiv(o.queries, block_q) * o.batch, device)

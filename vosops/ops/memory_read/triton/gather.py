@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...launch import launch, on_device
-from .operands import Positions, channel_strides, index_type
+from .operands import Positions, index_type, value_strides
 from .scores import offset_of
 
 
@@ -115,7 +115,7 @@ def gather(indices: Tensor, weights: Tensor, value: Tensor) -> Tensor:
             gather_kernel,
             (triton.cdiv(queries, block_q), triton.cdiv(width, block_c), batch),
             indices, weights, value, read, queries, kept, value[0, 0, 0].numel(), width,
-            *_strides(value), *positions.arguments,
+            *value_strides(value), *positions.arguments,
             FLAT=positions.flat, INDEX=index_type(value), BLOCK_Q=block_q, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
     return read
@@ -140,7 +140,7 @@ def gather_backward(
             weight_gradient_kernel,
             (queries, batch),
             grad, indices, value, grad_weights, queries, kept, memory, width,
-            *_strides(value), *positions.arguments,
+            *value_strides(value), *positions.arguments,
             FLAT=positions.flat, INDEX=index_type(value),
             BLOCK_K=min(32, max(8, triton.next_power_of_2(kept))), BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
@@ -164,8 +164,3 @@ def value_gradient(value: Tensor, memory: int) -> Tensor:
     """An uninitialised (B, O, Cv, M) float32 whose channels are innermost in memory."""
     batch, objects, channels = value.shape[:3]
     return value.new_empty((batch, memory, objects, channels), dtype=torch.float32).permute(0, 2, 3, 1)
-
-
-def _strides(value: Tensor) -> tuple[int, ...]:
-    per_object, s_object, s_channel = channel_strides(value)
-    return per_object, value.stride(0), s_object, s_channel

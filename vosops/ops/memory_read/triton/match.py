@@ -22,7 +22,7 @@ from torch import Tensor
 from ...launch import capability, launch, on_device, split
 from ..problem import Scores
 from .operands import Operands
-from .scores import load_memory, load_query, masked, offset_of, score, with_prior
+from .scores import load_memory, load_query, offset_of, score
 
 LIMIT = 128
 """Most positions that a query can keep."""
@@ -61,20 +61,17 @@ def group_maxima(
     p_row = p_maxima + i_b * rows * groups + i_row[:, None] * groups
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + i_run
-        at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_key, b_gain, valid = load_memory(
-            p_key + i_b * sk_batch, sk_channel, at, p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, MASK, SHRINKAGE, INDEX,
+            p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+            p_mask + i_b * memory, p_shrinkage + i_b * memory,
+            i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, L2, SELECTION, SHRINKAGE, SPLIT, DTYPE, PRECISION
-        )
-        if PRIOR:
-            b_score = with_prior(
-                b_score, p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, valid, width
-            )
+            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
+            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+        )  # fmt: skip
         b_score = tl.where(b_score == b_score, b_score, float("inf"))
-        b_score = masked(b_score, valid)
         b_max = tl.max(tl.reshape(b_score, (BLOCK_Q, GROUP, PER_TILE)), 1)  # [BLOCK_Q, PER_TILE]
         i_group = i_m0 // GROUP + tl.arange(0, PER_TILE)
         inside = (i_row[:, None] < rows) & (i_group[None, :] < groups)

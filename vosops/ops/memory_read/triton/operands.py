@@ -11,28 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..limits import merged
 from ..problem import Scores
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def collapse(tensor: Tensor, first: int) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-    """The dimensions from `first` on as at most three (sizes, strides); None if it takes more."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(tensor.shape[first:], tensor.stride()[first:], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 3:
-        return None
-    padding = 3 - len(sizes)
-    sizes, strides = [1] * padding + sizes, [0] * padding + strides
-    return (sizes[0], sizes[1], sizes[2]), (strides[0], strides[1], strides[2])
 
 
 @dataclass(frozen=True)
@@ -44,11 +26,12 @@ class Positions:
 
     @staticmethod
     def of(tensor: Tensor, first: int) -> Positions:
-        collapsed = collapse(tensor, first)
-        if collapsed is None:
+        sizes, strides = merged(tensor, first)
+        if len(sizes) > 3:
             raise ValueError(f"positions of shape {list(tensor.shape[first:])} take more than three strides")
-        (_, middle, inner), strides = collapsed
-        return Positions((middle, inner, *strides), collapsed[0][:2] == (1, 1))
+        padding = 3 - len(sizes)
+        outer, middle, inner = [1] * padding + sizes
+        return Positions((middle, inner, *[0] * padding, *strides), outer == middle == 1)
 
 
 @dataclass(frozen=True)
@@ -142,9 +125,10 @@ def index_type(*tensors: Tensor) -> tl.dtype:
     return tl.int32 if reach < 2**31 - 2**24 else tl.int64
 
 
-def channel_strides(value: Tensor) -> tuple[int, int, int]:
-    """Value channels per object, and the strides of object and channel; one run where they can be merged."""
+def value_strides(value: Tensor) -> tuple[int, int, int, int]:
+    """Value channels per object, and the strides of batch, object and channel; where one stride spans the
+    channels of all objects they count as one object's."""
     objects, channels = value.shape[1:3]
     if objects == 1 or value.stride(1) == channels * value.stride(2):
-        return max(1, objects * channels), 0, value.stride(2)
-    return max(1, channels), value.stride(1), value.stride(2)
+        return max(1, objects * channels), value.stride(0), 0, value.stride(2)
+    return max(1, channels), value.stride(0), value.stride(1), value.stride(2)

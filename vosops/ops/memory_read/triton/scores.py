@@ -71,7 +71,11 @@ def load_query(
 def load_memory(
     p_key,
     sk_channel,
-    at,  # [BLOCK_M] of `offset_of`
+    middle,
+    inner,
+    s_outer,
+    s_middle,
+    s_inner,
     p_mask,
     p_shrinkage,
     i_m,  # [BLOCK_M]
@@ -79,6 +83,7 @@ def load_memory(
     scale,
     channels: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
     MASK: tl.constexpr,
     SHRINKAGE: tl.constexpr,
     INDEX: tl.constexpr,
@@ -90,11 +95,23 @@ def load_memory(
         valid = valid & (tl.load(p_mask + i_m, mask=valid, other=0) != 0)
     # What never matches is read as 0, so that its NaN cannot spread.
     inside = (i_c[:, None] < channels) & valid[None, :]
+    at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
     b_key = tl.load(p_key + (at[None, :] + i_c.to(INDEX)[:, None] * sk_channel), mask=inside, other=0.0)
     b_gain = tl.zeros_like(i_m).to(tl.float32) + scale
     if SHRINKAGE:
         b_gain = b_gain * tl.load(p_shrinkage + i_m, mask=valid, other=0.0)
     return b_key, b_gain, valid
+
+
+@triton.jit
+def with_prior(b_score, p_centers, p_precision, i_q, i_m, valid, width):
+    """Adds the Gaussian: minus precision_j |x_i - c_j|^2."""
+    b_row = tl.load(p_centers + 2 * i_m, mask=valid, other=0.0)
+    b_column = tl.load(p_centers + (2 * i_m + 1), mask=valid, other=0.0)
+    b_precision = tl.load(p_precision + i_m, mask=valid, other=0.0)
+    b_down = (i_q // width).to(tl.float32)[:, None] - b_row[None, :]
+    b_across = (i_q % width).to(tl.float32)[:, None] - b_column[None, :]
+    return b_score - (b_down * b_down + b_across * b_across) * b_precision[None, :]
 
 
 @triton.jit
@@ -105,14 +122,20 @@ def score(
     b_rest,
     b_key,
     b_gain,
+    valid,
+    p_centers,
+    p_precision,
+    i_q,
+    i_m,
+    width,
     L2: tl.constexpr,
     SELECTION: tl.constexpr,
-    SHRINKAGE: tl.constexpr,
+    PRIOR: tl.constexpr,
     SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scaled scores [BLOCK_Q, BLOCK_M] without a prior."""
+    """Scaled scores [BLOCK_Q, BLOCK_M] with their prior; -inf where a position may not match."""
     b_k = b_key.to(DTYPE)
     b_score = tl.dot(b_x, b_k, input_precision=PRECISION)
     if SELECTION:
@@ -132,20 +155,6 @@ def score(
         b_score = (2 * b_score - b_norm[None, :]) * b_gain[None, :]
     else:
         b_score = b_score * b_gain[None, :]
-    return b_score
-
-
-@triton.jit
-def with_prior(b_score, p_centers, p_precision, i_q, i_m, valid, width):
-    """Adds the Gaussian: minus precision_j |x_i - c_j|^2."""
-    b_row = tl.load(p_centers + 2 * i_m, mask=valid, other=0.0)
-    b_column = tl.load(p_centers + (2 * i_m + 1), mask=valid, other=0.0)
-    b_precision = tl.load(p_precision + i_m, mask=valid, other=0.0)
-    b_down = (i_q // width).to(tl.float32)[:, None] - b_row[None, :]
-    b_across = (i_q % width).to(tl.float32)[:, None] - b_column[None, :]
-    return b_score - (b_down * b_down + b_across * b_across) * b_precision[None, :]
-
-
-@triton.jit
-def masked(b_score, valid):
+    if PRIOR:
+        b_score = with_prior(b_score, p_centers, p_precision, i_q, i_m, valid, width)
     return tl.where(valid[None, :], b_score, float("-inf"))
