@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vosops.models import CheckpointError
-from vosops.models.checkpoint import compare, load_weights, read_state_dict, widened
+from vosops.models.checkpoint import adapted, compare, load_weights, read_state_dict
 
 
 @pytest.fixture
@@ -92,10 +92,10 @@ def test_a_single_object_value_encoder_is_widened_by_zeros(network):
     state = dict(network.state_dict())
     name = "value_encoder.conv1.weight"
     narrow = state[name][:, :4].clone()
-    wide = widened({**state, name: narrow}, state)
+    wide = adapted({**state, name: narrow}, state)
     assert torch.equal(wide[name][:, :4], narrow)
     assert not wide[name][:, 4:].any()
-    assert widened(state, state) is state
+    assert adapted(state, state) == state
     load_weights(network, {**state, name: narrow}, name="stcn", file="stage0.pth")
     assert not network.value_encoder.conv1.weight[:, 4].any()
 

@@ -104,6 +104,7 @@ class MemoryBank:
 
     def _clear(self) -> None:
         self._frames: list[int] = []
+        self._lasting: set[int] = set()
         self._groups: list[_Group] = []
         self._shape: FrameShape | None = None
         self._key: SlotTensor | None = None
@@ -157,6 +158,8 @@ class MemoryBank:
         value: Tensor,  # [B, O, Cv, H, W]
         object_ids: Sequence[int],
         shrinkage: Tensor | None = None,  # [B, 1, H, W]
+        *,
+        lasting: bool = False,
     ) -> None:
         """Remember a frame, where the policy says.
 
@@ -168,6 +171,8 @@ class MemoryBank:
             object_ids: O distinct ids >= 1, in the order of value's objects. Ids not seen before enter with
                 this frame; every object that is present must be there (see `remove`).
             shrinkage: (B, 1, H, W) r_j of XMem, kept as float32.
+            lasting: keep the frame as one on which objects enter: it is given up only where nothing else is
+                left (AOT's reference frames, whose masks were given).
 
         Raises:
             TypeError, ValueError: a bad argument, named, or a byte budget too small for two frames; the
@@ -206,6 +211,9 @@ class MemoryBank:
                 copied += group.value.write(slot, rows.flatten(1, 2), used, limit)
         self._shape, self._key, self._shrinkage, self._groups = shape, keys, shrinkages, groups
         self._frames[slot : slot + 1] = [frame_index]
+        self._lasting = {frame for frame in self._lasting if frame in self._frames}
+        if lasting:
+            self._lasting.add(frame_index)
         self.bytes_copied += copied
 
     def read(
@@ -313,6 +321,7 @@ class MemoryBank:
             "value_dtype": str(self.value_dtype),
             "bytes_copied": self.bytes_copied,
             "frames": list(self._frames),
+            "lasting": sorted(self._lasting),
             "key": None if self._key is None else self._key.view(0, used).clone(),
             "shrinkage": None if self._shrinkage is None else self._shrinkage.view(0, used).clone(),
             "groups": [
@@ -340,12 +349,12 @@ class MemoryBank:
             if state[name] != expected:
                 raise ValueError(f"state was saved with {name} {state[name]}, this memory has {expected}")
         frames, key, shrinkage = list(state["frames"]), state["key"], state["shrinkage"]
-        groups, copied = state["groups"], state["bytes_copied"]
+        groups, copied, lasting = state["groups"], state["bytes_copied"], set(state["lasting"])
         self._clear()
         self.bytes_copied = copied
         if not frames:
             return
-        self._frames = frames
+        self._frames, self._lasting = frames, lasting
         batch, channels, _, height, width = key.shape
         objects = sum(len(group["object_ids"]) for group in groups)
         value_channels = groups[0]["value"].shape[1] // len(groups[0]["object_ids"])
@@ -388,14 +397,18 @@ class MemoryBank:
         """The slot that a new frame goes to."""
         if not self._frames:
             return 0
-        entries = {group.start for group in self._groups}
+        entries = self._entries()
         slot = self.policy.slot(frame, self.frames, entries)
         if not 0 <= slot <= len(self):
             raise ValueError(f"policy {self.policy} chose slot {slot} of {len(self)} for frame {frame}")
         return oldest(self._frames, entries) if slot == limit else slot
 
+    def _entries(self) -> set[int]:
+        """Frames that are given up last."""
+        return self._lasting | {group.start for group in self._groups}
+
     def _keep_newest(self, count: int) -> None:
-        frames, entries = list(self._frames), {group.start for group in self._groups}
+        frames, entries = list(self._frames), self._entries()
         while len(frames) > count:
             del frames[oldest(frames, entries)]
         self._keep([slot for slot, frame in enumerate(self._frames) if frame in frames])

@@ -2,7 +2,8 @@
 """What a memory keeps: a policy names the slot of a new frame, and how many slots there may be.
 
 Common to all policies: the first frame of the memory is never replaced, and the frame on which later
-objects enter (it carries their given mask) is replaced only where no other frame is left to replace.
+objects enter (it carries their given mask), or that was appended as lasting, is replaced only where no other
+frame is left to replace.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Policy(Protocol):
         Args:
             frame: index of the new frame, above all of `frames`.
             frames: frame index per slot; at least one, in any order.
-            entries: frames on which objects of the memory entered.
+            entries: frames on which objects of the memory entered, and lasting ones.
 
         Returns:
             A slot to overwrite, or len(frames) for a new one.

@@ -11,9 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-_NESTED = ("state_dict", "model", "network", "net", "model_state_dict")
+# Averaged weights come first: they are the ones that papers report.
+_NESTED = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    *("state_dict", "model", "network", "net", "model_state_dict"),
+)
 _PREFIX = "module."  # of nn.DataParallel
 _FIRST_CONV = "value_encoder.conv1.weight"
+# Counters of batch normalisation, and a token that newer AOT files hold.
+_UNREAD = ("num_batches_tracked", "LSTT.mask_token")
 
 
 class CheckpointError(ValueError):
@@ -61,8 +67,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file, by the names of the published modules.
 
     Takes .safetensors, and what torch.save wrote (.pth, .pt; weights only: no code of the file runs): the
-    state dict itself, or one inside a training checkpoint, whose optimizer state is left out. The
-    "module." of nn.DataParallel is stripped.
+    state dict itself, or one inside a training checkpoint, whose optimizer state is left out; averaged
+    weights (EMA) go before others. The "module." of nn.DataParallel is stripped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -104,7 +110,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, fi
     """Loads a state dict into a model, if all of it fits; otherwise the model is unchanged.
 
     A value encoder for one object (4 input channels, stage 0 of STCN's and XMem's training) is widened by
-    zeros for the other objects' masks. Counters of batch normalisation may be missing: old files have none.
+    zeros for the other objects' masks. Counters of batch normalisation may be missing, or there without need;
+    so may be AOT's token that no published network reads.
 
     Args:
         model: whose names and shapes count.
@@ -115,7 +122,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, fi
         CheckpointError: it does not fit; names every misfit, and the model that the file looks like.
     """
     own = model.state_dict()
-    state = widened(state, own)
+    state = adapted(state, own)
     misfit = compare(state, own)
     if not misfit:
         counters = {key: value for key, value in own.items() if key not in state}
@@ -144,8 +151,10 @@ def compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Misfit:
     )
 
 
-def widened(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`state` with a value encoder of 4 input channels brought to the 5 of the model's own state dict."""
+def adapted(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` as a model with the state dict `own` takes it: without entries that no network reads, and a
+    value encoder of 4 input channels brought to 5."""
+    state = {key: value for key, value in state.items() if key in own or not key.endswith(_UNREAD)}
     weight, expected = state.get(_FIRST_CONV), own.get(_FIRST_CONV)
     if (
         weight is None

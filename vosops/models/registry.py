@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import compare, load_weights, read_state_dict, widened
+from .checkpoint import compare, load_weights, read_state_dict, adapted
 from .session import VideoModel
 
 
@@ -26,6 +26,7 @@ class ModelInfo:
         operators: of vosops that its inference calls.
         checkpoint: which published files it reads.
         target: "module:class" inside vosops.models, imported when asked for.
+        options: of the class's constructor that make it this model.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ModelInfo:
     operators: tuple[str, ...]
     checkpoint: str
     target: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def model_class(self) -> type[VideoModel]:
         """The model's class.
@@ -52,13 +54,42 @@ class ModelInfo:
         assert issubclass(found, VideoModel)
         return found
 
+    def build(self, state: Mapping[str, Tensor] | None = None, **options: Any) -> VideoModel:
+        """A model with random weights.
+
+        Args:
+            state: weights that will be loaded; models whose files differ in dimensions take them from it.
+            options: of the constructor, over the model's own.
+
+        Raises:
+            ImportError: as of `model_class`.
+        """
+        kind, options = self.model_class(), {**self.options, **options}
+        from_state_dict = getattr(kind, "from_state_dict", None)
+        if state is None or from_state_dict is None:
+            return kind(**options)
+        model: VideoModel = from_state_dict(state, **options)
+        return model
+
     def parameters(self) -> int:
         """Number of parameters, counted on a model without storage."""
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.model_class()().parameters())
+            return sum(parameter.numel() for parameter in self.build().parameters())
 
 
 _STM_FILE = "STM_weights.pth of the STM authors"
+_AOT_FILE = "{} of the AOT authors"
+_LSTT = ("attention", "local_attention", "identity_embedding")
+
+
+def _aot(
+    name: str, file: str, encoder: str, layers: int, every: int | None = None, kind: str = "AOT"
+) -> ModelInfo:
+    """A published AOT or DeAOT: `every` is the distance of frames in its long-term memory at test time."""
+    options = {"encoder": encoder, "layers": layers, "memory_every": every}
+    source = "Yang et al., NeurIPS 2021" if kind == "AOT" else "Yang and Yang, NeurIPS 2022"
+    return ModelInfo(name, source, _LSTT, _AOT_FILE.format(file), f"aot:{kind}", options)
+
 
 MODELS = {
     info.name: info
@@ -98,6 +129,28 @@ MODELS = {
             "XMem.pth, XMem-s012.pth, XMem-no-sensory.pth of the XMem authors",
             "xmem:XMem",
         ),
+        _aot("aott", "AOTT_*.pth", "mobilenetv2", 1),
+        _aot("aots", "AOTS_*.pth", "mobilenetv2", 2),
+        _aot("aotb", "AOTB_*.pth", "mobilenetv2", 3),
+        _aot("aotl", "AOTL_*.pth", "mobilenetv2", 3, 5),
+        _aot("r50_aotl", "R50_AOTL_*.pth", "resnet50", 3, 5),
+        _aot("r101_aotl", "R101_AOTL_*.pth", "resnet101", 3, 5),
+        _aot("rs101_aotl", "RS101_AOTL_*.pth", "resnest101", 3, 5),
+        _aot("swinb_aotl", "SwinB_AOTL_*.pth", "swin_base", 3, 5),
+        _aot("deaott", "DeAOTT_*.pth", "mobilenetv2", 1, None, "DeAOT"),
+        _aot("deaots", "DeAOTS_*.pth", "mobilenetv2", 2, None, "DeAOT"),
+        _aot("deaotb", "DeAOTB_*.pth", "mobilenetv2", 3, None, "DeAOT"),
+        _aot("deaotl", "DeAOTL_*.pth", "mobilenetv2", 3, 5, "DeAOT"),
+        _aot("r50_deaotl", "R50_DeAOTL_*.pth", "resnet50", 3, 5, "DeAOT"),
+        _aot("swinb_deaotl", "SwinB_DeAOTL_*.pth", "swin_base", 3, 5, "DeAOT"),
+        ModelInfo(
+            "aotl_v2",
+            "LSTT block V2, 5th place of the 4th LSVOS challenge",
+            _LSTT,
+            "its own, none is published",
+            "aot:AOT",
+            {"encoder": "swin_base", "layers": 3, "block": 2, "memory_every": 5, "top_k": 32},
+        ),
     )
 }
 """Every model, by name."""
@@ -114,7 +167,7 @@ def create(name: str, **options: Any) -> VideoModel:
         ValueError: no such model.
         ImportError: a package that it builds on is not installed.
     """
-    return find(name).model_class()(**options).eval()
+    return find(name).build(**options).eval()
 
 
 def load(name: str, path: str | Path, **options: Any) -> VideoModel:
@@ -137,9 +190,7 @@ def load(name: str, path: str | Path, **options: Any) -> VideoModel:
     """
     info = find(name)
     state = read_state_dict(path)
-    kind = info.model_class()
-    build = getattr(kind, "from_state_dict", None)
-    model: VideoModel = kind(**options) if build is None else build(state, **options)
+    model = info.build(state, **options)
     load_weights(model, state, name=name, file=Path(path).name)
     return model.eval()
 
@@ -163,17 +214,14 @@ def recognise(state: Mapping[str, Tensor]) -> list[str]:
     """
     scores: dict[str, float] = {}
     for name, info in MODELS.items():
-        try:
-            kind = info.model_class()
-        except ImportError:
-            continue  # a model whose packages are missing cannot be asked
-        build = getattr(kind, "from_state_dict", None)
         with torch.device("meta"):
             try:
-                own = (kind() if build is None else build(state)).state_dict()
+                own = info.build(state).state_dict()
+            except ImportError:
+                continue  # a model whose packages are missing cannot be asked
             except (KeyError, ValueError):
                 continue  # dimensions cannot be told from the weights: no file of this model
-        misfits = len(compare(widened(state, own), own))
+        misfits = len(compare(adapted(state, own), own))
         scores[name] = 1 - misfits / max(len(own), len(state))
     best = max(scores.values(), default=0.0)
     return [name for name, score in scores.items() if score == best and score > 0.8]

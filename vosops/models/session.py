@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vosops.memory.policies import Policy
+from vosops.ops.aggregate import soft_aggregate
 
 from .blocks import freeze_batch_norm
 
@@ -163,6 +164,17 @@ class VideoModel(nn.Module, ABC):
         """Probabilities (1, N, H, W) at the frame's size (h, w) again."""
         left, _, top, _ = self.padding(*size)
         return probabilities[..., top : top + size[0], left : left + size[1]]
+
+    def combine(self, background: Tensor, objects: Tensor) -> Tensor:
+        """Probabilities (1, 1+O, H, W), background first, of a frame on which masks were given.
+
+        By default the objects are aggregated again, and the predicted background does not count.
+
+        Args:
+            background: (1, 1, H, W) as predicted, 0 inside of the given masks.
+            objects: (1, O, H, W) likewise, and as their masks where these were given.
+        """
+        return soft_aggregate(objects).softmax(1)
 
     def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(left, right, top, bottom) to the next multiples of `stride`, as `F.pad` takes them."""

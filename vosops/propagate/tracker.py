@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vosops.models.session import Session, SessionSettings, VideoModel
-from vosops.ops.aggregate import soft_aggregate
 
 Frame = NDArray[np.uint8]
 
@@ -41,7 +40,7 @@ class Tracker:
     """Follows the objects of one video with a memory model: masks by `add`, then frame by frame by `step`.
 
     New objects may come on any frame, under any ids. On that frame the known objects are predicted first,
-    give way inside the new mask, and all are aggregated again.
+    give way inside the new mask, and `VideoModel.combine` settles the rest.
 
     Args:
         model: any `VideoModel` with float32 weights; moved to `device` and put into evaluation mode. Trackers
@@ -279,11 +278,11 @@ class Tracker:
         given = torch.stack([labels == i for i in ids])[None].float()  # [1, O, H, W]
         given = self.model.prepare_mask(given)
         outside = 1 - given.amax(1, keepdim=True)
-        before = (present.probabilities[:, 1:] * outside).unbind(1)
+        background, *before = (present.probabilities * outside).unbind(1)
         objects = dict(zip(present.object_ids, before, strict=True))
         objects |= dict(zip(ids, given.unbind(1), strict=True))  # corrected ones keep their place
         present.object_ids = list(objects)
-        present.probabilities = aggregate(torch.stack(list(objects.values()), 1))
+        present.probabilities = self.model.combine(background[:, None], torch.stack(list(objects.values()), 1))
         present.given = True
 
     def _remember(self, present: _Present) -> None:
@@ -327,11 +326,6 @@ class Tracker:
                 f"frame must keep the size of the frames before, {list(self._present.frame.shape[:2])}, "
                 f"got {list(frame.shape[:2])}"
             )
-
-
-def aggregate(objects: Tensor) -> Tensor:
-    """Probabilities (1, 1+O, H, W), background first, of objects (1, O, H, W) that were given or changed."""
-    return soft_aggregate(objects).softmax(1)
 
 
 def prefers_channels_last(device: torch.device, dtype: torch.dtype) -> bool:
