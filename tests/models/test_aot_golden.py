@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AOT and DeAOT against numbers of the public reference implementation: features, memories, every frame."""
 
-import numpy as np
 import pytest
 import torch
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.weights import fill
+from tests.models.weights import KINDS, fill
 from vosops.models import MODELS, SessionSettings, VideoModel
 from vosops.models.xmem import XMem
 from vosops.propagate import Tracker
@@ -19,10 +19,10 @@ class Padded(VideoModel):
         raise NotImplementedError
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=list(KINDS))
 def unallocated(request):
     with torch.device("meta"):
-        return MODELS[request.param].model_class()()
+        return MODELS[request.param].build()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_bad_clips_are_named_before_work_starts(unallocated, frames, masks, erro
 @pytest.mark.parametrize("name", ["stcn", "xmem"])
 def test_clips_that_do_not_fit_the_stride_are_refused_where_the_model_does_not_pad(name):
     with torch.device("meta"):
-        model = MODELS[name].model_class()()
+        model = MODELS[name].build()
     with pytest.raises(ValueError, match=r"frames must have sides that are multiples of 16, got \[32, 40\]"):
         model(torch.zeros(1, 2, 3, 32, 40), torch.zeros(1, 1, 32, 40))
 

@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vosops.models import MODELS
+
 GOLDEN = Path(__file__).parents[1] / "golden"
+KINDS = {(info.target, info.options.get("block")): name for name, info in reversed(MODELS.items())}.values()
+"""The first registered model of each kind; the others differ in encoder and depth."""
 
 
 class Golden:

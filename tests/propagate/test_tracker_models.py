@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from tests.models.weights import Golden, fill
+from tests.models.weights import KINDS, Golden, fill
 from vosops.memory import Bounded
-from vosops.models import MODELS, SessionSettings, create
+from vosops.models import SessionSettings, create
 from vosops.propagate import Tracker
 
 KEEP = {"gain": 1.0, "keep": [f"Encoder_{part}.{name}" for part in "MQ" for name in ("mean", "std")]}
@@ -20,7 +20,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(KINDS))
 def test_objects_come_and_go_and_a_state_is_exact(name):
     golden = Golden("STCN_new_object")
     frames = golden.arrays["frames"][:, 20:65, 30:85]  # 45x55, no multiples of 16

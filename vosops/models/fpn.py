@@ -45,10 +45,10 @@ class FPNDecoder(nn.Module):
         align_corners: of the resizing, as the encoder has it.
 
     Note:
-        Cost at 481x849: 7.2 GMAC a row, and 2.1 an image for the adapters (R50-AOT-L). Channels-last maps stay
-        so. Groups are decoded in chunks (`map_objects`): memory does not grow with their number.
+        Cost at 481x849: 7.2 GMAC a row, and 2.1 an image for the adapters (R50-AOT-L). Channels-last maps
+        stay so. Groups are decoded in chunks (`map_objects`): memory does not grow with their number.
 
-    Source: Yang et al., AOT, NeurIPS 2021 (the decoder after Lin et al., FPN, CVPR 2017); DeAOT, NeurIPS 2022.
+    Source: Yang et al., AOT, NeurIPS 2021, after Lin et al., FPN, CVPR 2017; DeAOT, NeurIPS 2022.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class FPNDecoder(nn.Module):
             (rows, out_channels, H/4, W/4), the size of the first shortcut.
 
         Raises:
-            ValueError: not three shortcuts, rows no multiple of B, inputs of other sizes than the last shortcut.
+            ValueError: no inputs or not three shortcuts; rows no multiple of B; inputs of another size than
+                the last shortcut or of other channels in sum.
         """
         f4, f8, f16 = self._check(inputs, shortcuts)
         batch = f16.shape[0]
@@ -126,15 +127,20 @@ class FPNDecoder(nn.Module):
     def _check(self, inputs: Sequence[Tensor], shortcuts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if len(shortcuts) != 3:
             raise ValueError(f"shortcuts must be three maps (strides 4, 8, 16), got {len(shortcuts)}")
+        if not inputs:
+            raise ValueError("inputs must be at least one map")
         f4, f8, f16 = shortcuts
         batch, rows = f16.shape[0], inputs[0].shape[0]
-        if rows % batch:
-            raise ValueError(f"inputs must have a multiple of the images' rows, {batch}, got {rows}")
+        if not rows or rows % batch:
+            raise ValueError(f"the rows of inputs must be a multiple of the images, {batch}, got {rows}")
         for maps in inputs:
             if maps.shape[0] != rows or maps.shape[2:] != f16.shape[2:]:
                 raise ValueError(
                     f"inputs must be ({rows}, C, {f16.shape[2]}, {f16.shape[3]}), got {tuple(maps.shape)}"
                 )
+        given, expected = sum(maps.shape[1] for maps in inputs), self.conv_in.conv.in_channels
+        if given != expected:
+            raise ValueError(f"inputs must have {expected} channels together, got {given}")
         return f4, f8, f16
 
 

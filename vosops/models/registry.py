@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import compare, load_weights, read_state_dict, adapted
+from .checkpoint import adapted, compare, load_weights, read_state_dict
 from .session import VideoModel
 
 
@@ -210,18 +211,27 @@ def recognise(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the models that a state dict fits best, in names and shapes; empty if none fits nearly.
 
     Note:
-        Cost: every model is built once, without storage.
+        Cost: every model is built once in a process, without storage; some seconds.
     """
     scores: dict[str, float] = {}
     for name, info in MODELS.items():
-        with torch.device("meta"):
-            try:
-                own = info.build(state).state_dict()
-            except ImportError:
-                continue  # a model whose packages are missing cannot be asked
-            except (KeyError, ValueError):
-                continue  # dimensions cannot be told from the weights: no file of this model
+        try:
+            own = _entries(name)
+            if hasattr(info.model_class(), "from_state_dict"):
+                with torch.device("meta"):
+                    own = info.build(state).state_dict()
+        except ImportError:
+            continue  # a model whose packages are missing cannot be asked
+        except (KeyError, ValueError):
+            continue  # dimensions cannot be told from the weights: no file of this model
         misfits = len(compare(adapted(state, own), own))
         scores[name] = 1 - misfits / max(len(own), len(state))
     best = max(scores.values(), default=0.0)
     return [name for name, score in scores.items() if score == best and score > 0.8]
+
+
+@functools.cache
+def _entries(name: str) -> dict[str, Tensor]:
+    """A model's state dict without storage."""
+    with torch.device("meta"):
+        return MODELS[name].build().state_dict()
