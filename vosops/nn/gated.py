@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from vosops.ops.attention import attention
 from vosops.ops.local_attention import local_attention
 
 from .attention import WINDOW, as_map, as_tokens, relative_embedding
-from .lstt import DROP_PATH, Current, Memory, Read, initialise, memorise
+from .lstt import DROP_PATH, Current, DropPath, Memory, Read, initialise, memorise
 
 _EXPANSION = 2  # of the channels of values and gates
 
@@ -172,7 +171,7 @@ class GatedPropagationBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.id_norm2 = nn.LayerNorm(channels)
         self.self_attn = SelfGatedPropagation(channels, self.keys, num_heads)
-        self.droppath = StochasticDepth(drop_path, "row")
+        self.droppath = DropPath(drop_path)
         initialise(self)
 
     def memorise(self, current: Current, identity: Tensor) -> Memory:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from .attention import LongTermAttention, MultiHeadAttention, ShortTermAttention, as_map, as_tokens
 
@@ -45,6 +44,24 @@ class Read(NamedTuple):
 
 Current = tuple[Tensor, ...]
 """What a block keeps of a frame (B, N, C) each until its mask is known; key and value first."""
+
+
+class DropPath(nn.Module):
+    """Leaves out a residual branch (B, ...) of a clip in training, with a probability, and scales the others.
+
+    Source: Huang et al., Deep Networks with Stochastic Depth, ECCV 2016.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        kept = 1 - self.probability
+        clips = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(kept)
+        return x * (clips / kept)
 
 
 class FeedForward(nn.Module):
@@ -78,7 +95,7 @@ class _Block(nn.Module, ABC):
         self.linear1 = nn.Linear(channels, hidden)
         self.activation = FeedForward(hidden)
         self.linear2 = nn.Linear(hidden, channels)
-        self.droppath = StochasticDepth(drop_path, "row")
+        self.droppath = DropPath(drop_path)
         initialise(self)
 
     @abstractmethod
