@@ -139,7 +139,7 @@ def test_unknown_names():
         ("stm", "stcn", "a stm or kmn checkpoint"),
         ("stcn", "stm", "a stcn checkpoint"),
         ("aotb", "aots", "an aotb or aotl checkpoint"),
-        ("r50_deaotl", "r50_aotl", "a r50_deaotl checkpoint"),
+        ("r50_deaotl", "r50_aotl", "an r50_deaotl checkpoint"),
         ("aott", "xmem", "an aott checkpoint"),
     ],
 )

@@ -62,8 +62,8 @@ class AOT(VideoModel):
         ImportError: timm is not installed, for encoders that come from there.
 
     Note:
-        Cost of a frame of AOTL at 481x849: encoder 5 GMAC (MobileNetV2; 28 ResNet-50), blocks 11 and 4.5 for
-        every frame of long-term memory, decoder 7; blocks and decoder once for every 10 objects.
+        Cost of a frame of AOTL at 481x849: encoder 5 GMAC (MobileNetV2; 28 ResNet-50), blocks 11 and 4.3 for
+        every frame of long-term memory, decoder 9; blocks and decoder once for every 10 objects.
 
     Source: Yang, Wei, Yang: Associating Objects with Transformers for Video Object Segmentation, NeurIPS
     2021. Block 2: LSTT block V2 (see `LSTTBlockV2`).
@@ -242,7 +242,7 @@ class DeAOT(AOT):
         encoder, layers, memory_every, top_k, long_edge: as of `AOT`.
 
     Note:
-        Cost of a frame of R50-DeAOTL at 481x849: encoder 28 GMAC, blocks 39 and 10 for every frame of
+        Cost of a frame of R50-DeAOTL at 481x849: encoder 28 GMAC, blocks 26 and 10 for every frame of
         long-term memory, decoder 9.
 
     Source: Yang, Yang: Decoupling Features in Hierarchical Propagation for Video Object Segmentation, NeurIPS

@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, fi
     alike = [other for other in recognise(state) if other != name]
     text = f"{file} does not fit {name}"
     if alike:
-        article = "an" if alike[0][0] in "aeioux" else "a"
+        article = "an" if alike[0][0] in "aeiourx" else "a"
         text += f": this looks like {article} {' or '.join(alike)} checkpoint"
     raise CheckpointError("\n  ".join((f"{text} ({len(misfit)} misfits)", *misfit.lines())), misfit, alike)
 
