@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules beyond the golden files: importing, stochastic depth, gradients, dtypes, compiling."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,13 @@ def memories(module, batch=2):
 def test_the_modules_need_torch_only():
     code = "import sys, vosops.nn; sys.exit(any(m in sys.modules for m in ('torchvision', 'timm', 'triton')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_documented_example():
+    text = (Path(__file__).parents[2] / "docs" / "aot.md").read_text()
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.S)[-1], names)
+    assert names["tokens"].shape == (1, 31 * 54, 256)
 
 
 def test_drop_path_keeps_the_mean():

@@ -113,6 +113,11 @@ class AOT(VideoModel):
     def _identity_norm(self, block: int) -> nn.LayerNorm | None:
         return nn.LayerNorm(CHANNELS) if block == 2 else None
 
+    def _position(self, features: Features) -> Tensor | None:
+        """What self-attention adds to queries and keys (1, h * w, 256)."""
+        tokens = features.tokens
+        return sine_position(features.size, CHANNELS, tokens.device).to(tokens.dtype)
+
     def prepare(self, frame: Tensor) -> Tensor:
         """Normalised, at its own size: `encode` resizes."""
         return normalize_imagenet(frame)
@@ -176,9 +181,8 @@ class AOT(VideoModel):
         top_k: int | None = None,
     ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         """Features through the transformer (`LSTT.forward`)."""
-        tokens = features.tokens
-        position = sine_position(features.size, CHANNELS, tokens.device).to(tokens.dtype)
-        return self.LSTT(tokens, reads, identity, size=features.size, position=position, top_k=top_k)
+        position = self._position(features)
+        return self.LSTT(features.tokens, reads, identity, size=features.size, position=position, top_k=top_k)
 
     def decode(self, outputs: list[Tensor], features: Features, objects: int) -> Tensor:
         """Logits (B, 1 + objects, H, W) at the frame's size, background first, of `propagate`'s outputs."""
@@ -265,6 +269,9 @@ class DeAOT(AOT):
 
     def _identity_norm(self, block: int) -> nn.LayerNorm | None:
         return nn.LayerNorm(CHANNELS)
+
+    def _position(self, features: Features) -> Tensor | None:
+        return None
 
     def _decoder_inputs(self, outputs: list[Tensor], features: Features) -> list[Tensor]:
         return outputs

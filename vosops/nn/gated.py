@@ -249,7 +249,7 @@ class GatedPropagationModule(nn.Module):
         position: Tensor | None = None,
         top_k: int | None = None,
     ) -> tuple[list[Tensor], list[Current]]:
-        """As of `LSTT`, but `position` is not used, and one output of (B, N, 2 * channels)."""
+        """As of `LSTT`, but `position` is not used, and the one output is (B, N, 2 * channels)."""
         branch, currents = None, []
         for i, layer in enumerate(self.layers):
             read = None if reads is None else reads[i]
