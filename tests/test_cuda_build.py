@@ -17,7 +17,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cuda_match_half", "cuda_match_bfloat16", "cuda_gather")
+MATCH = ("memory_read/cuda_match_half", "memory_read/cuda_match_bfloat16")
+LOCAL = ("local_attention/cuda_half", "local_attention/cuda_bfloat16")
+SOURCES = (*MATCH, "memory_read/cuda_gather", *LOCAL)
 TARGETS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
 
 
@@ -44,12 +46,12 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tu
 
     def build(job: tuple[str, str]) -> tuple[Path, str]:
         source, target = job
-        cubin = folder / f"{source}.{target}.cubin"
+        cubin = folder / f"{source.replace('/', '.')}.{target}.cubin"
         include = Path(torch.__file__).parent / "include"
         command = [
             compiler, "-std=c++20", "-O3", "-cubin", "-gencode", TARGETS[target], "-Xptxas", "-v",
             "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-isystem", str(include),
-            "-o", str(cubin), str(ROOT / "csrc/memory_read" / f"{source}.cu"),
+            "-o", str(cubin), str(ROOT / "csrc" / f"{source}.cu"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -72,28 +74,48 @@ def test_nothing_spills(builds: dict[tuple[str, str], tuple[Path, str]], source:
     assert "serialized" not in report, "ptxas takes the wgmma instructions apart: " + report
 
 
-@pytest.mark.parametrize(("target", "instructions"), [("sm_80", {"HMMA"}), ("sm_90a", {"HMMA", "HGMMA"})])
-@pytest.mark.parametrize("source", ["cuda_match_half", "cuda_match_bfloat16"])
-def test_scores_come_from_the_matrix_units(
-    builds: dict[tuple[str, str], tuple[Path, str]], source: str, target: str, instructions: set[str]
-) -> None:
+def kernels_of(cubin: Path) -> dict[str, str]:
+    """Mangled name -> its instructions."""
     disassembler = cuobjdump()
     if not disassembler:
         pytest.skip("cuobjdump is not installed, nor is Triton, which brings one")
-    command = [disassembler, "-sass", str(builds[source, target][0])]
+    command = [disassembler, "-sass", str(cubin)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = re.split(r"Function : ", listing)[1:]
-    matches = [kernel for kernel in kernels if "match_kernel" in kernel.split("\n", 1)[0]]
+    parts = (part.split("\n", 1) for part in re.split(r"Function : ", listing)[1:])
+    return {name.strip(): code for name, code in parts}
+
+
+def matrix_instructions(code: str) -> set[str]:
+    return set(re.findall(r"\b(HG?MMA)\.", code))
+
+
+@pytest.mark.parametrize(("target", "instructions"), [("sm_80", {"HMMA"}), ("sm_90a", {"HMMA", "HGMMA"})])
+@pytest.mark.parametrize("source", MATCH)
+def test_scores_come_from_the_matrix_units(
+    builds: dict[tuple[str, str], tuple[Path, str]], source: str, target: str, instructions: set[str]
+) -> None:
+    kernels = kernels_of(builds[source, target][0])
+    matches = {name: code for name, code in kernels.items() if "match_kernel" in name}
     assert matches
-    found = set(re.findall(r"\b(HG?MMA)\.", listing))
-    assert found == instructions
-    for kernel in matches:
-        name = kernel.split("\n", 1)[0]
+    assert set().union(*map(matrix_instructions, kernels.values())) == instructions
+    for name, code in matches.items():
         group = name.split("match_kernelI")[1].split("Lb")[2][0] == "1"  # the template argument Group
         expected = {"HGMMA"} if group else {"HMMA"}
         if group and target == "sm_80":
             expected = set()  # traps; never launched
-        assert set(re.findall(r"\b(HG?MMA)\.", kernel)) == expected, name
+        assert matrix_instructions(code) == expected, name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", LOCAL)
+def test_local_attention_multiplies_on_the_matrix_units(
+    builds: dict[tuple[str, str], tuple[Path, str]], source: str, target: str
+) -> None:
+    kernels = kernels_of(builds[source, target][0])
+    for stage in ("forward", "query", "spread", "table"):
+        (code,) = (code for name, code in kernels.items() if f"local_{stage}_kernel" in name)
+        assert matrix_instructions(code) == {"HMMA"}, stage
+        assert "LDGSTS" in code, "no asynchronous copies"
 
 
 def test_the_build_says_what_is_wrong_with_its_settings(tmp_path: Path) -> None:

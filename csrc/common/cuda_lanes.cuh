@@ -20,6 +20,7 @@ VOSOPS_DEVICE int block_y() { return int(blockIdx.y); }
 VOSOPS_DEVICE int block_z() { return int(blockIdx.z); }
 
 VOSOPS_DEVICE void sync_block() { __syncthreads(); }
+VOSOPS_DEVICE bool any_of_block(bool p) { return __syncthreads_or(p) != 0; }  // synchronises too
 VOSOPS_DEVICE void sync_warp() { __syncwarp(); }
 VOSOPS_DEVICE bool any(bool p) { return __any_sync(kAll, p); }
 VOSOPS_DEVICE uint32_t ballot(bool p) { return __ballot_sync(kAll, p); }
@@ -59,6 +60,27 @@ VOSOPS_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// The same, each matrix transposed.
+VOSOPS_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Starts a copy of 16 bytes into shared memory, of zeros unless `inside`; `from` must be global either way.
+VOSOPS_DEVICE void start_copy(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
+               : "memory");
+}
+// Closes a group of copies; await_copies returns when all of this thread's but the last kLeft are there.
+VOSOPS_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+VOSOPS_DEVICE void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 // c += a b, 16x8 += 16x16 16x8; T::kHalf says the type of a and b.

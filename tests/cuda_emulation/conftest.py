@@ -5,9 +5,14 @@ import ctypes
 
 import pytest
 
-from . import emulation
+from . import emulation, local_emulation
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulation.library(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="session")
+def built_local(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return local_emulation.library(tmp_path_factory.mktemp("local_emulation"))

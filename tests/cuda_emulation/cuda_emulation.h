@@ -5,6 +5,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <array>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
@@ -36,7 +37,12 @@ struct Emulator {
     std::vector<std::array<uint64_t, 8>> brought[2];
     int kind[2] = {};
   };
+  struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+  };
   std::vector<Fiber> fibers;
+  std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group], the last one open
   std::vector<Meeting> warps;
   Meeting block;
   int current = 0, x = 0, y = 0, z = 0;
@@ -98,6 +104,7 @@ struct Emulator {
     x = bx, y = by, z = bz, body = std::move(f);
     fibers.resize(threads);
     warps.assign(threads / 32, {});
+    copies.assign(threads, {{}});
     for (auto& w : warps) {
       w.size = 32;
       for (auto& b : w.brought) b.resize(32);
@@ -130,7 +137,17 @@ inline int block_x() { return emulator().x; }
 inline int block_y() { return emulator().y; }
 inline int block_z() { return emulator().z; }
 
-enum Kind : int { kSyncWarp = 1, kBallot, kShuffle, kReduce, kMatrices, kMultiply, kSyncBlock };
+enum Kind : int {
+  kSyncWarp = 1,
+  kBallot,
+  kShuffle,
+  kReduce,
+  kMatrices,
+  kTransposed,
+  kMultiply,
+  kSyncBlock,
+  kAnyOfBlock
+};
 
 inline const std::vector<std::array<uint64_t, 8>>& meet_warp(Kind kind,
                                                              const std::array<uint64_t, 8>& words) {
@@ -138,6 +155,12 @@ inline const std::vector<std::array<uint64_t, 8>>& meet_warp(Kind kind,
   return e.meet(e.warps[e.current / 32], e.current % 32, kind, words);
 }
 inline void sync_block() { emulator().meet(emulator().block, emulator().current, kSyncBlock, {}); }
+inline bool any_of_block(bool p) {
+  bool found = false;
+  for (const auto& words : emulator().meet(emulator().block, emulator().current, kAnyOfBlock, {p}))
+    found |= words[0] != 0;
+  return found;
+}
 inline void sync_warp() { meet_warp(kSyncWarp, {}); }
 inline uint32_t ballot(bool p) {
   const auto& all = meet_warp(kBallot, {p});
@@ -193,6 +216,36 @@ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   const auto& all = meet_warp(kMatrices, {reinterpret_cast<uint64_t>(row)});
   for (int i = 0; i < 4; ++i)
     std::memcpy(&out[i], reinterpret_cast<const char*>(all[i * 8 + l / 4][0]) + l % 4 * 4, 4);
+}
+
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) std::abort();
+  const int l = thread_index() & 31;
+  const auto& all = meet_warp(kTransposed, {reinterpret_cast<uint64_t>(row)});
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0;
+    for (int j = 0; j < 2; ++j)
+      out[i] |= uint32_t(reinterpret_cast<const uint16_t*>(all[i * 8 + l % 4 * 2 + j][0])[l / 4]) << (16 * j);
+  }
+}
+
+// Nothing is copied before it is awaited, so that a missing await shows.
+inline void start_copy(void* to, const void* from, bool inside) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
+  emulator().copies[thread_index()].back().push_back({to, inside ? from : nullptr});
+}
+inline void commit_copies() { emulator().copies[thread_index()].emplace_back(); }
+template <int kLeft>
+void await_copies() {
+  auto& groups = emulator().copies[thread_index()];
+  while (groups.size() > kLeft + 1) {
+    for (const auto& copy : groups.front())
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    groups.erase(groups.begin());
+  }
 }
 
 // Fragments as the PTX ISA lays them out for mma.m16n8k16.

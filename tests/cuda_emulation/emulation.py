@@ -27,14 +27,14 @@ class View(ctypes.Structure):
     )  # fmt: skip
 
 
-def _fields(*groups: tuple[object, str]) -> tuple[tuple[str, object], ...]:
+def fields(*groups: tuple[object, str]) -> tuple[tuple[str, object], ...]:
     return tuple((name, kind) for kind, names in groups for name in names.split())
 
 
 class MatchCall(ctypes.Structure):
     """harness.cpp"""
 
-    _fields_ = _fields(
+    _fields_ = fields(
         (View, "query key shrinkage selection mask"), (ctypes.c_void_p, "centers precision"),
         (ctypes.c_int32, "batch channels queries memory grid_width l2"), (ctypes.c_float, "scale"),
         (ctypes.c_int32, "k capacity"), (ctypes.c_void_p, "indices weights"),
@@ -44,7 +44,7 @@ class MatchCall(ctypes.Structure):
 class GatherCall(ctypes.Structure):
     """harness.cpp"""
 
-    _fields_ = _fields(
+    _fields_ = fields(
         (View, "value"), (ctypes.c_int32, "batch objects channels queries memory k"),
         (ctypes.c_void_p, "indices weights read"),
     )  # fmt: skip
@@ -73,8 +73,8 @@ def _view(x: Tensor | None, first: int) -> View:
     return out
 
 
-def library(folder: Path) -> ctypes.CDLL:
-    """Compiled into `folder`; skips where the CUDA headers are missing."""
+def compile_harness(folder: Path, source: str) -> ctypes.CDLL:
+    """`source`, compiled into `folder`; skips where the CUDA headers are missing."""
     headers = next(
         (path for path in ("/usr/local/cuda/include", "/usr/include") if Path(path, "cuda_fp16.h").exists()),
         None,
@@ -82,15 +82,19 @@ def library(folder: Path) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if not headers or not compiler:
         pytest.skip("needs g++ and the CUDA toolkit's headers (cuda_fp16.h)")
-    target = folder / "libcuda_emulation.so"
+    target = folder / f"lib{Path(source).stem}.so"
     command = [
         compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
         "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-isystem", headers, "-I", str(HERE),
-        "-I", str(HERE.parents[1] / "csrc"), str(HERE / "harness.cpp"), "-o", str(target),
+        "-I", str(HERE.parents[1] / "csrc"), str(HERE / source), "-o", str(target),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    built = ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(target))
+
+
+def library(folder: Path) -> ctypes.CDLL:
+    built = compile_harness(folder, "harness.cpp")
     assert built.size_of_match() == ctypes.sizeof(MatchCall)
     assert built.size_of_gather() == ctypes.sizeof(GatherCall)
     return built

@@ -194,12 +194,13 @@ def test_scores_far_from_zero(level: float, top_k: int | None, isa: str) -> None
 @pytest.mark.parametrize("top_k", [None, 9])
 @pytest.mark.parametrize("empty", ["batch", "queries", "value_channels"])
 def test_empty_results(empty: str, top_k: int | None) -> None:
-    arguments = problem(**{empty: 0})
+    arguments = changed(problem(**{empty: 0}), lambda x: x.requires_grad_())
     for backend in ("cpu", "reference"):
         with vosops.use_backend(backend):
             read, usage = vosops.attention(**arguments, top_k=top_k, return_usage=True)
         assert read.shape == (*arguments["query"].shape[:2], arguments["value"].shape[2])
         assert usage.shape == arguments["key"].shape[:2]
+        read.sum().backward()
 
 
 def test_repeats_and_threads_change_nothing(isa: str) -> None:

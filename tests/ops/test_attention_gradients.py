@@ -19,7 +19,7 @@ def gradients(arguments: dict, **options: object) -> dict[str, Tensor]:
     leaves = changed(arguments, lambda x: x.clone().requires_grad_())
     read = vosops.attention(**leaves, **options)
     weight = torch.linspace(-1, 2, read.numel(), dtype=torch.float64).view(read.shape)
-    (read.double() * weight).sum().backward()
+    (read.double() * weight.to(read.device)).sum().backward()
     return {name: leaf.grad for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
 
 

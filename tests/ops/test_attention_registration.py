@@ -9,10 +9,10 @@ from torch import Tensor
 
 import vosops
 from vosops.ops.attention.problem import check_heads
+from vosops.ops.families import operator
 
 from .test_attention import FORMS, changed, problem
 
-OPS = torch.ops.vosops
 # With gradients opcheck adds up all outputs, which fails for integer indices whatever the operator does.
 MATCH_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -23,25 +23,34 @@ def operands(arguments: dict) -> tuple:
     return p.arguments()
 
 
+def check_operators(family: str, arguments: dict, requires_grad: bool) -> None:
+    """opcheck of every operator of a family."""
+    value, identity = arguments["value"], arguments.get("identity")
+    heads = operands(arguments)
+    _read, lse = operator(family, "attention_dense")(*heads, [value], identity)
+    indices, weights = operator(family, "attention_match")(*heads, 4)
+    grad = torch.ones(*lse.shape[:2], value.shape[2] // lse.shape[1], lse.shape[2], device=lse.device)
+    matched = (torch.ones_like(weights), indices, weights)
+    for op, call in {
+        operator(family, "attention_usage"): (*heads, lse),
+        operator("", "attention_match_backward"): (*heads, *matched),
+        operator(family, "attention_dense_backward"): (
+            *(*heads, value, identity, grad),
+            *(torch.ones_like(lse), lse),
+        ),
+    }.items():
+        torch.library.opcheck(op.default, call)
+    leaves = changed(arguments, lambda x: x.clone().requires_grad_(requires_grad))
+    heads, values = operands(leaves), [leaves["value"]]
+    match, dense = (operator(family, name).default for name in ("attention_match", "attention_dense"))
+    torch.library.opcheck(match, (*heads, 4), test_utils=MATCH_CHECKS)
+    torch.library.opcheck(dense, (*heads, values, leaves.get("identity")))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_opcheck(form: str, requires_grad: bool, cpu_backend: None) -> None:
-    arguments = problem(**FORMS[form], queries=9, memory=14)
-    value, identity = arguments["value"], arguments.get("identity")
-    heads = operands(arguments)
-    _read, lse = OPS.attention_dense(*heads, [value], identity)
-    indices, weights = OPS.attention_match(*heads, 4)
-    grad = torch.ones(2, 4, 5, 9)
-    for op, call in {
-        OPS.attention_usage.default: (*heads, lse),
-        OPS.attention_match_backward.default: (*heads, torch.ones_like(weights), indices, weights),
-        OPS.attention_dense_backward.default: (*heads, value, identity, grad, torch.ones_like(lse), lse),
-    }.items():
-        torch.library.opcheck(op, call)
-    leaves = changed(arguments, lambda x: x.clone().requires_grad_(requires_grad))
-    heads, values = operands(leaves), [leaves["value"]]
-    torch.library.opcheck(OPS.attention_match.default, (*heads, 4), test_utils=MATCH_CHECKS)
-    torch.library.opcheck(OPS.attention_dense.default, (*heads, values, leaves.get("identity")))
+    check_operators("", problem(**FORMS[form], queries=9, memory=14), requires_grad)
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -93,8 +102,13 @@ def test_autocast_keeps_float32(top_k: int | None) -> None:
 
 
 def test_which_backend_serves() -> None:
-    with vosops.use_backend("triton"), pytest.raises(vosops.BackendError, match="it has no attention"):
+    with vosops.use_backend("cuda"), pytest.raises(vosops.BackendError, match="it has no attention"):
         vosops.attention(**problem())
+    too_much = problem(channels=258, num_heads=2)
+    with vosops.use_backend("triton"), pytest.raises(vosops.BackendError) as refused:
+        vosops.attention(**too_much, top_k=130)
+    assert "top_k is 130, it keeps at most 128" in str(refused.value)
+    assert "query has C/h = 129 channels a head, it serves at most 128" in str(refused.value)
     with vosops.use_backend("cpu"), pytest.raises(vosops.BackendError, match="query has dtype torch.float64"):
         vosops.attention(**problem(dtype=torch.float64))
 

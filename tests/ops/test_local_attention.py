@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def results(options: dict[str, Any], backend: str, dtype: torch.dtype | None = N
     tensors = {name: x for name, x in leaves.items() if isinstance(x, Tensor)}
     with vosops.use_backend(backend):
         read = vosops.local_attention(**leaves)
-        upstream = torch.randn(read.shape, generator=torch.Generator().manual_seed(9)).to(read.dtype)
+        upstream = torch.randn(read.shape, generator=torch.Generator().manual_seed(9)).to(read)
         grads = torch.autograd.grad(read, list(tensors.values()), upstream)
     return {"read": read.detach(), **dict(zip(tensors, grads, strict=True))}
 
@@ -159,26 +160,37 @@ def test_mixed_dtypes_and_scale(isa: str, cpu_backend: None) -> None:
         assert relative_error(read, vosops.local_attention(**wide)) < FLOAT
 
 
+VIEWS: dict[str, Any] = {
+    "last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sequence": lambda x: x.flatten(2).permute(2, 0, 1).contiguous().permute(1, 2, 0).view(x.shape),
+    "wide": lambda x: F.pad(x, (1, 2, 3, 4))[..., 3:-4, 1:-2],
+    "every second": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+def views(options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same maps, and relative_bias, in other memory."""
+    for kind, view in VIEWS.items():
+        yield (
+            kind,
+            {
+                name: view(x)
+                if isinstance(x, Tensor)
+                and (x.dim() == 4 or name == "relative_bias")
+                and (kind, name) != ("sequence", "relative_bias")
+                else x
+                for name, x in options.items()
+            },
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_strides(dtype: torch.dtype, isa: str, cpu_backend: None) -> None:
     options = arguments(relative="bias", dtype=dtype, dilation=2, width=21)
     plain = results(options, "cpu")
-    views: dict[str, Any] = {
-        "last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-        "sequence": lambda x: x.flatten(2).permute(2, 0, 1).contiguous().permute(1, 2, 0).view(x.shape),
-        "wide": lambda x: F.pad(x, (1, 2, 3, 4))[..., 3:-4, 1:-2],
-        "every second": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
-        "transposed": lambda x: x.mT.contiguous().mT,
-        "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    }
-    for kind, view in views.items():
-        strided = {
-            name: view(x) if isinstance(x, Tensor) and (x.dim() == 4 or name == "relative_bias") else x
-            for name, x in options.items()
-            if not (kind == "sequence" and name == "relative_bias")
-        }
-        if kind == "sequence":
-            strided["relative_bias"] = options["relative_bias"]
+    for kind, strided in views(options):
         with vosops.use_backend("cpu"):
             assert torch.equal(vosops.local_attention(**strided), plain["read"]), kind
     expanded = arguments(relative="none") | {"key": torch.ones(1, 1, 1, 1).expand(2, 24, 7, 9)}

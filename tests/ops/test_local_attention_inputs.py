@@ -161,9 +161,17 @@ def test_deterministic_and_independent_of_threads(isa: str, cpu_backend: None) -
 
 
 def test_backend_choice() -> None:
-    options = arguments(relative="none")
-    with vosops.use_backend("cuda"), pytest.raises(vosops.BackendError, match="it has no local_attention"):
+    options = arguments(relative="none", window=17, dilation=2)
+    with vosops.use_backend("cuda"), pytest.raises(vosops.BackendError) as refused:
         vosops.local_attention(**options)
+    for reason in (
+        "must all be bfloat16 or all float16, got float32, float32, float32",
+        "a head of query must have a multiple of 8 channels, at most 128, got 6",
+        "a head of value must have a multiple of 8 channels, at most 1024, got 5",
+        "window must be at most 15, got 17",
+        "dilation must be 1, got 2",
+    ):
+        assert reason in str(refused.value)
     wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
     with (
         vosops.use_backend("cpu"),

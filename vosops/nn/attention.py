@@ -17,7 +17,8 @@ WINDOW = 15
 
 def as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Tokens (B, H * W, C) as a map (B, C, H, W): a view, channels innermost."""
-    return tokens.transpose(1, 2).unflatten(2, size)
+    # In this order also the strides of a batch of one are those of torch.channels_last.
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def as_tokens(maps: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,14 @@ from torch import Tensor
 
 from .. import backends
 from ..memory_read.problem import check_top_k
-from . import native, reference
+from . import limits, native, reference
 from .problem import check_heads, check_values
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "cpu": partial(native.attend, ""),
+    "triton": partial(native.attend, "triton_"),
+    "reference": reference.attend,
+}
 
 
 def attention(
@@ -64,8 +71,8 @@ def attention(
         sums are accumulated in float32 at least. Autocast changes nothing.
         Cost: 2 B Q M C operations for the scores, plus 2 B h Q k Cv/h for the read with top_k, 2 B Q M Cv
         without; usage without top_k computes the scores again. Extra memory O(h Q k) or O(Q Cv), never
-        O(Q M), on the cpu backend; the reference stores h Q M. The gradient for a tuple of values without
-        top_k concatenates them.
+        O(Q M), on the cpu and triton backends; the reference stores h Q M. The gradient for a tuple of
+        values without top_k concatenates them.
         Differentiable with respect to query, key, value, identity and identity_gate.
         NaN in a query makes that query's head NaN, NaN in a key makes all queries of its head NaN.
 
@@ -86,8 +93,9 @@ def attention(
     tensors |= {f"value[{i}]" if several else "value": tensor for i, tensor in enumerate(values)}
     tensors |= {"identity": identity} if identity is not None else {}
     tensors |= {"identity_gate": identity_gate} if identity_gate is not None else {}
-    backend = backends.choose("attention", tensors, _limits)
-    attend = reference.attend if backend == "reference" else native.attend
+    attend = _IMPLEMENTATIONS[
+        backends.choose("attention", tensors, lambda backend: limits.reasons_against(backend, p, kept))
+    ]
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
         reads, usage = attend(p, values, identity, kept, return_usage)
@@ -97,7 +105,3 @@ def attention(
     )
     result = typed if several else typed[0]
     return (result, usage) if return_usage else result
-
-
-def _limits(backend: str) -> list[str]:
-    return ["it has no attention"] if backend in ("cuda", "triton") else []

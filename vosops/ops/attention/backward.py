@@ -11,6 +11,7 @@ from .problem import Heads, split_heads
 
 
 # A backward pass may run inside autocast, which would lower these products.
+@torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def match(
     query: Tensor,
@@ -29,7 +30,8 @@ def match(
     kept, rows = indices >= 0, indices.clamp(min=0)
     grad = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))  # [B, h, Q, k]
     grad = grad.masked_fill(~kept, 0)
-    flat = (rows + torch.arange(batch * heads).view(batch, heads, 1, 1) * memory).flatten()
+    entry = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1)
+    flat = (rows + entry * memory).flatten()
     gate = None if identity_gate is None else _per_head(identity_gate, heads)  # [B, h, M]
     gated = k if gate is None else k * gate[..., None]
     picked = gated.reshape(-1, channels)[flat].view(*rows.shape, channels)  # [B, h, Q, k, C/h]

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention's torch.library operators: schemas, fake kernels and gradients. Torch only.
 
-Reading what was matched is the memory read's operator, with the heads as its batch. Autocast has no rule on
-purpose, as for the memory read.
+Two families share them (`..families`). Reading what was matched is the memory read's operator, with the heads
+as its batch. Autocast has no rule on purpose, as for the memory read.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..families import FAMILIES, operator, register_triton
 from . import backward
 from .problem import Heads, split_heads
 
 _SCORES = "Tensor query, Tensor key, Tensor? identity_gate, int num_heads, bool distance, float scale"
 _SCHEMAS = {
     "attention_match": f"({_SCORES}, int top_k) -> (Tensor indices, Tensor weights)",
-    "attention_match_backward": (
-        f"({_SCORES}, Tensor grad_weights, Tensor indices, Tensor weights) -> (Tensor, Tensor, Tensor)"
-    ),
     "attention_dense": f"({_SCORES}, Tensor[] values, Tensor? identity) -> (Tensor read, Tensor lse)",
     "attention_dense_backward": (
         f"({_SCORES}, Tensor value, Tensor? identity, Tensor grad_read, Tensor delta, Tensor lse) "
@@ -28,7 +28,6 @@ _SCHEMAS = {
     ),
     "attention_usage": f"({_SCORES}, Tensor lse) -> Tensor",
 }
-_ops = torch.ops.vosops
 
 
 def _fake_match(query, key, gate, num_heads, distance, scale, top_k):
@@ -50,13 +49,15 @@ def _fake_dense(query, key, gate, num_heads, distance, scale, values, identity):
     return read, query.new_empty((batch, num_heads, queries), dtype=torch.float32)
 
 
-def _fake_dense_backward(query, key, gate, num_heads, distance, scale, value, *others):
+def _fake_dense_backward(query, key, gate, num_heads, distance, scale, value, *others, family):
     entries, channels = query.shape[0] * num_heads, query.shape[2] // num_heads
     queries, memory = query.shape[1], key.shape[1]
     shapes = ((entries, queries, channels), (entries, memory, channels), (entries, memory))
     grads = [query.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    grads.append(query.new_empty((entries, 1, value.shape[2] // num_heads, memory), dtype=torch.float32))
-    return tuple(grads)
+    width = value.shape[2] // num_heads
+    if family:  # Triton's kernels write it position-major
+        return (*grads, query.new_empty((entries, 1, memory, width), dtype=torch.float32).mT)
+    return (*grads, query.new_empty((entries, 1, width, memory), dtype=torch.float32))
 
 
 def _fake_usage(query, key, gate, num_heads, distance, scale, lse):
@@ -71,7 +72,7 @@ def _match_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _match_gradient(ctx: Any, _: Tensor | None, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
     *operands, indices, weights = ctx.saved_tensors
-    grads = _ops.attention_match_backward(
+    grads = operator("", "attention_match_backward")(
         *operands, *ctx.options, grad_weights.contiguous(), indices, weights
     )
     typed = [None if x is None else g.to(x.dtype) for x, g in zip(operands, grads, strict=True)]
@@ -84,7 +85,7 @@ def _dense_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(query, key, gate, identity, *output, *values)
 
 
-def _dense_gradient(ctx: Any, grad_read: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _dense_gradient(ctx: Any, grad_read: Tensor, grad_lse: Tensor, family: str) -> tuple[Any, ...]:
     query, key, gate, identity, read, lse, *values = ctx.saved_tensors
     num_heads = ctx.options[0]
     widths = [value.shape[2] for value in values]
@@ -94,13 +95,13 @@ def _dense_gradient(ctx: Any, grad_read: Tensor, grad_lse: Tensor) -> tuple[Any,
     for grad, out in zip(grad_read.split(widths, 2), read.split(widths, 2), strict=True):
         heads.append(split_heads(grad, num_heads))  # [B, h, Q, Cv/h]
         delta = delta + (heads[-1] * split_heads(out, num_heads)).sum(-1)
-    grad = torch.cat(heads, -1).mT.contiguous()  # [B, h, Cv/h, Q]
+    grad = torch.cat(heads, -1).mT  # [B, h, Cv/h, Q]
     p = Heads(query, key, gate, *ctx.options)
-    *packed, grad_value = _ops.attention_dense_backward(
-        *p.arguments(), value, identity, grad, delta.contiguous(), lse
+    *packed, grad_value = operator(family, "attention_dense_backward")(
+        *p.arguments(), value, identity, grad if family else grad.contiguous(), delta.contiguous(), lse
     )
     grads = backward.unpack(p, *packed)
-    grad_value = grad_value.view(*delta.shape[:2], -1, key.shape[1]).permute(0, 3, 1, 2)  # [B, M, h, Cv/h]
+    grad_value = grad_value[:, 0].unflatten(0, delta.shape[:2]).permute(0, 3, 1, 2)  # [B, M, h, Cv/h]
     parts = grad_value.split([width // num_heads for width in widths], 3)
     grad_values = [part.flatten(2).to(v.dtype) for part, v in zip(parts, values, strict=True)]
     grad_identity = None if identity is None else grad_value.flatten(2).to(identity.dtype)
@@ -116,17 +117,30 @@ def _interleaved(values: list[Tensor], num_heads: int) -> Tensor:
 
 
 _library = torch.library.Library("vosops", "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(f"{_name}{_schema}")
-for _name, _fake in (
-    ("attention_match", _fake_match),
-    ("attention_match_backward", _fake_match_backward),
-    ("attention_dense", _fake_dense),
-    ("attention_dense_backward", _fake_dense_backward),
-    ("attention_usage", _fake_usage),
-):
-    torch.library.register_fake(f"vosops::{_name}", _fake)
-# Plain torch: it touches the h Q k pairs that were kept and nothing else.
-_library.impl("attention_match_backward", backward.match, "CPU")
-torch.library.register_autograd("vosops::attention_match", _match_gradient, setup_context=_match_context)
-torch.library.register_autograd("vosops::attention_dense", _dense_gradient, setup_context=_dense_context)
+# Plain torch on every device: it touches the h Q k pairs that were kept and nothing else.
+_library.define(
+    f"attention_match_backward({_SCORES}, Tensor grad_weights, Tensor indices, Tensor weights) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention_match_backward", backward.match, _device)
+torch.library.register_fake("vosops::attention_match_backward", _fake_match_backward)
+
+for _family in FAMILIES:
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(f"{_family}{_name}{_schema}")
+        if _family:
+            register_triton(_library, _name, __package__)
+    _fakes: dict[str, Callable[..., Any]] = {
+        "attention_match": _fake_match,
+        "attention_dense": _fake_dense,
+        "attention_dense_backward": functools.partial(_fake_dense_backward, family=_family),
+        "attention_usage": _fake_usage,
+    }
+    for _name, _fake in _fakes.items():
+        torch.library.register_fake(f"vosops::{_family}{_name}", _fake)
+    for _name, _gradient, _context in (
+        ("attention_match", _match_gradient, _match_context),
+        ("attention_dense", functools.partial(_dense_gradient, family=_family), _dense_context),
+    ):
+        torch.library.register_autograd(f"vosops::{_family}{_name}", _gradient, setup_context=_context)

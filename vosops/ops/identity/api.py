@@ -43,14 +43,16 @@ def identity_embedding(
     Raises:
         TypeError, ValueError: a bad argument, named, before any work.
         ValueError: a label is neither below N nor 255 (RuntimeError on the cpu backend; found before
-            anything is summed, and not looked for on CUDA devices, where it would wait for the device).
+            anything is summed, and not looked for on CUDA devices, where it would wait for the device:
+            such a label adds nothing there).
         BackendError: a forced backend cannot serve the call.
 
     Note:
         dtypes of weight float32, bfloat16, float16 (float64 on the reference backend); sums are accumulated
         in float32 at least. Autocast changes nothing.
         Cost from labels: B h w kh kw C additions and one pass over the weights; extra memory 32 channels of
-        the weights per thread and the labels as int32. From soft masks it is `torch.nn.functional.conv2d`.
+        the weights per thread and the labels as int32; none on the triton backend. From soft masks it is
+        `torch.nn.functional.conv2d`.
         Differentiable with respect to weight, bias and soft masks.
 
     Source: AOT (Yang et al., NeurIPS 2021), eq. 1, as its published models have it.
@@ -103,9 +105,10 @@ def identity_embedding(
                 reference.check_labels(labels, weight.shape[1])
             result = reference.embed_labels(labels, weight, bias, stride, padding)
         else:
-            result = native.embed_labels(labels, weight, bias, stride, padding)
+            family = "triton_" if backend == "triton" else ""
+            result = native.embed_labels(labels, weight, bias, stride, padding, family)
     return result.to(torch.promote_types(labels.dtype, weight.dtype) if soft else weight.dtype)
 
 
 def _limits(backend: str) -> list[str]:
-    return ["it has no identity_embedding"] if backend in ("cuda", "triton") else []
+    return ["it has no identity_embedding"] if backend == "cuda" else []

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The identity embedding's torch.library operators: schemas, fake kernels and gradient. Torch only."""
+"""The identity embedding's torch.library operators: schemas, fake kernels and gradient. Torch only.
+
+Two families share them (`..families`).
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_ops = torch.ops.vosops
+from ..families import FAMILIES, operator, register_triton
 
 
 def _cells(size: Any, kernel: Any, stride: int, padding: int) -> Any:
@@ -32,25 +36,37 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(labels, weight, bias)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor, family: str) -> tuple[Tensor | None, ...]:
     labels, weight, bias = ctx.saved_tensors
     grad_weight = grad_bias = None
     if ctx.needs_input_grad[1]:
-        grad_weight = _ops.identity_embedding_backward(grad.contiguous(), labels, weight, *ctx.options)
-        grad_weight = grad_weight.to(weight.dtype)
+        backward = operator(family, "identity_embedding_backward")
+        grad_weight = backward(grad.contiguous(), labels, weight, *ctx.options).to(weight.dtype)
     if bias is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.sum((0, 2, 3)).to(bias.dtype)
     return None, grad_weight, grad_bias, None, None
 
 
 _library = torch.library.Library("vosops", "FRAGMENT")
-_library.define(
-    "identity_embedding(Tensor labels, Tensor weight, Tensor? bias, int stride, int padding) -> Tensor"
-)
-_library.define(
-    "identity_embedding_backward"
-    "(Tensor grad, Tensor labels, Tensor weight, int stride, int padding) -> Tensor"
-)
-torch.library.register_fake("vosops::identity_embedding", _fake_forward)
-torch.library.register_fake("vosops::identity_embedding_backward", _fake_backward)
-torch.library.register_autograd("vosops::identity_embedding", _gradient, setup_context=_context)
+for _family in FAMILIES:
+    for _name, _signature, _fake in (
+        (
+            "identity_embedding",
+            "(Tensor labels, Tensor weight, Tensor? bias, int stride, int padding) -> Tensor",
+            _fake_forward,
+        ),
+        (
+            "identity_embedding_backward",
+            "(Tensor grad, Tensor labels, Tensor weight, int stride, int padding) -> Tensor",
+            _fake_backward,
+        ),
+    ):
+        _library.define(f"{_family}{_name}{_signature}")
+        torch.library.register_fake(f"vosops::{_family}{_name}", _fake)
+        if _family:
+            register_triton(_library, _name, __package__)
+    torch.library.register_autograd(
+        f"vosops::{_family}identity_embedding",
+        functools.partial(_gradient, family=_family),
+        setup_context=_context,
+    )

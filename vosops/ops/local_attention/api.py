@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from . import native, reference
+from . import limits, native, reference
 from .problem import build_window
 
 
@@ -63,9 +64,10 @@ def local_attention(
 
     Note:
         Cost: 2 B H W window^2 (C + Cv) operations, and as many again for relative_weight (C) and
-        relative_value (Cv). Extra memory: packed copies of key and value, O(B H W (C + Cv)); the reference
-        backend stores the windows, window^2 times that. NaN in a query makes that position NaN, NaN in a
-        key the positions whose windows hold it, NaN in a value its channel there, and nothing else.
+        relative_value (Cv). Extra memory: on the CPU packed copies of key and value, O(B H W (C + Cv)),
+        on the triton backend nothing; the reference backend stores the windows, window^2 times that. NaN
+        in a query makes that position NaN, NaN in a key the positions whose windows hold it, NaN in a value
+        its channel there, and nothing else.
 
     Source: AOT (Yang et al., NeurIPS 2021), short-term attention with relative positions; DeAOT (Yang and
         Yang, NeurIPS 2022): one head, 128 key and 1024 value channels, no relative_value.
@@ -89,12 +91,10 @@ def local_attention(
         relative_value,
         scale,
     )
-    backend = backends.choose("local_attention", p.tensors(), _limits)
+    backend = backends.choose("local_attention", p.tensors(), partial(limits.reasons_against, p=p))
     # No autocast inside: scores stay in float32. Outside of autocast nothing, for torch.export.
     device = query.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return reference.local_attention(p) if backend == "reference" else native.local_attention(p, "")
-
-
-def _limits(backend: str) -> list[str]:
-    return [] if backend in ("cpu", "reference") else ["it has no local_attention"]
+        if backend == "reference":
+            return reference.local_attention(p)
+        return native.local_attention(p, "triton_" if backend == "triton" else "")

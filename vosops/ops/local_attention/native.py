@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..families import operator
+from . import schema  # noqa: F401  defines the operators
 from .problem import Window
-from .schema import operator
 
 
 def local_attention(p: Window, family: str) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """local_attention's torch.library operators: schemas, fake kernels and gradients. Torch only.
 
-The compiled libraries register kernels for the plain names. The log-sum-exp of every query is all that a
-backward pass needs besides the inputs: the weights are computed again.
+Two families share them (`..families`). The log-sum-exp of every query is all that a backward pass needs
+besides the inputs: the weights are computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAMILIES = ("",)
+from ..families import FAMILIES, operator, register_triton
 
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor? relative_bias, Tensor? relative_weight, "
@@ -28,10 +28,6 @@ _SCHEMAS = {
     ),
 }
 _TENSORS = 7
-
-
-def operator(family: str, name: str) -> Any:
-    return getattr(torch.ops.vosops, family + name)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -66,6 +62,8 @@ _library = torch.library.Library("vosops", "FRAGMENT")
 for _family in FAMILIES:
     for _name, _schema in _SCHEMAS.items():
         _library.define(f"{_family}{_name}{_schema}")
+        if _family:
+            register_triton(_library, _name, __package__)
     torch.library.register_fake(f"vosops::{_family}local_attention", _fake_forward)
     torch.library.register_fake(f"vosops::{_family}local_attention_backward", _fake_backward)
     torch.library.register_autograd(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...launch import capability, launch, on_device, split
 from ..problem import Scores
 from .operands import Operands
-from .scores import load_memory, load_query, offset_of, score
+from .scores import entry, load_memory, load_query, offset_of, score
 
 LIMIT = 128
 """Most positions that a query can keep."""
@@ -32,13 +32,13 @@ _BUFFER = 1 << 28  # bytes of group maxima and candidate scores at a time
 
 @triton.jit
 def group_maxima(
-    p_query, sq_batch, sq_channel, sq_position,
+    heads, p_query, sq_batch, sq_head, sq_channel, sq_position,
     p_selection, se_batch, se_channel, se_position,
-    p_key, sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+    p_key, sk_batch, sk_head, sk_channel, middle, inner, s_outer, s_middle, s_inner,
     p_mask, p_shrinkage, p_centers, p_precision, width, scale,
     first_query, queries, memory,
     p_maxima, rows, groups, span,
-    channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
+    channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, FORM: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
@@ -46,11 +46,13 @@ def group_maxima(
     """maxima [B, rows, groups] of queries first_query + [0, rows); a program takes `span` positions."""
     i_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     i_b = tl.program_id(2).to(tl.int64)
+    p_query += entry(i_b, heads, sq_batch, sq_head)
+    p_key += entry(i_b, heads, sk_batch, sk_head)
     i_q = first_query + i_row
     start = tl.program_id(1) * span
     end = tl.minimum(start + span, memory)
     b_x, b_low, b_e, b_rest = load_query(
-        p_query + i_b * sq_batch, sq_channel, sq_position,
+        p_query, sq_channel, sq_position,
         p_selection + i_b * se_batch, se_channel, se_position,
         i_q, queries, channels, BLOCK_C, SELECTION, SPLIT, DTYPE, INDEX,
     )  # fmt: skip
@@ -61,15 +63,15 @@ def group_maxima(
     p_row = p_maxima + i_b * rows * groups + i_row[:, None] * groups
     for i_m0 in range(start, end, BLOCK_M):
         i_m = i_m0 + i_run
-        b_key, b_gain, valid = load_memory(
-            p_key + i_b * sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+        b_key, b_gain, b_bias, valid = load_memory(
+            p_key, sk_channel, middle, inner, s_outer, s_middle, s_inner,
             p_mask + i_b * memory, p_shrinkage + i_b * memory,
-            i_m, memory, scale, channels, BLOCK_C, FLAT, MASK, SHRINKAGE, INDEX,
+            i_m, memory, scale, channels, BLOCK_C, FLAT, FORM, SELECTION, MASK, SHRINKAGE, INDEX,
         )  # fmt: skip
         b_score = score(
-            b_x, b_low, b_e, b_rest, b_key, b_gain, valid,
+            b_x, b_low, b_e, b_rest, b_key, b_gain, b_bias, valid,
             p_centers + i_b * memory * 2, p_precision + i_b * memory, i_q, i_m, width,
-            L2, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
+            FORM, SELECTION, PRIOR, SPLIT, DTYPE, PRECISION,
         )  # fmt: skip
         b_score = tl.where(b_score == b_score, b_score, float("inf"))
         b_max = tl.max(tl.reshape(b_score, (BLOCK_Q, GROUP, PER_TILE)), 1)  # [BLOCK_Q, PER_TILE]
@@ -112,24 +114,26 @@ def choose_groups(p_maxima, p_groups, groups, chosen, BLOCK: tl.constexpr):
 
 @triton.jit
 def candidate_scores(
-    p_query, sq_batch, sq_channel, sq_position,
+    heads, p_query, sq_batch, sq_head, sq_channel, sq_position,
     p_selection, se_batch, se_channel, se_position,
-    p_key, sk_batch, sk_channel, middle, inner, s_outer, s_middle, s_inner,
+    p_key, sk_batch, sk_head, sk_channel, middle, inner, s_outer, s_middle, s_inner,
     p_mask, p_shrinkage, p_centers, p_precision, width, scale,
     first_query, queries, memory,
     p_groups, p_scores, rows, chosen,
-    channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, L2: tl.constexpr,
+    channels: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, FORM: tl.constexpr,
     SELECTION: tl.constexpr, SHRINKAGE: tl.constexpr, MASK: tl.constexpr, PRIOR: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scores [B * rows, chosen * GROUP] of the positions in the chosen groups of one query, in float32."""
     i_row, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p_query += entry(i_b, heads, sq_batch, sq_head)
+    p_key += entry(i_b, heads, sk_batch, sk_head)
     i_q = first_query + i_row
     i_c = tl.arange(0, BLOCK_C)
     inside = i_c < channels
     b_query = tl.load(
-        p_query + i_b * sq_batch + i_q.to(tl.int64) * sq_position + i_c.to(tl.int64) * sq_channel,
+        p_query + i_q.to(tl.int64) * sq_position + i_c.to(tl.int64) * sq_channel,
         mask=inside, other=0.0,
     ).to(tl.float32)  # fmt: skip
     b_e = b_query
@@ -149,19 +153,24 @@ def candidate_scores(
             valid = valid & (tl.load(p_mask + i_b * memory + i_m, mask=valid, other=0) != 0)
         at = offset_of(i_m, middle, inner, s_outer, s_middle, s_inner, FLAT, INDEX)
         b_key = tl.load(
-            p_key + i_b * sk_batch + (at[:, None] + i_c.to(INDEX)[None, :] * sk_channel),
+            p_key + (at[:, None] + i_c.to(INDEX)[None, :] * sk_channel),
             mask=valid[:, None] & inside[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         if SELECTION:
             b_offset = b_key - b_query[None, :]
             b_score = -tl.sum(b_e[None, :] * b_offset * b_offset, 1)
-        elif L2:
+        elif FORM == "l2":
             b_score = tl.sum(b_key * (2 * b_query[None, :] - b_key), 1)
+        elif FORM == "distance":
+            if SHRINKAGE:
+                b_key = b_key * tl.load(p_shrinkage + i_b * memory + i_m, mask=valid, other=0.0)[:, None]
+            b_score = tl.sum(b_key * (2 * scale * b_query[None, :] - b_key), 1)
         else:
             b_score = tl.sum(b_key * b_query[None, :], 1)
-        if SHRINKAGE:
-            b_score = b_score * tl.load(p_shrinkage + i_b * memory + i_m, mask=valid, other=0.0)
-        b_score = b_score * scale
+        if FORM != "distance":
+            if SHRINKAGE:
+                b_score = b_score * tl.load(p_shrinkage + i_b * memory + i_m, mask=valid, other=0.0)
+            b_score = b_score * scale
         if PRIOR:
             p_center = p_centers + 2 * (i_b * memory + i_m)
             b_down = (i_q // width).to(tl.float32) - tl.load(p_center, mask=valid, other=0.0)
@@ -216,33 +225,37 @@ def group_size(memory: int) -> int:
 
 def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
     """indices (B, Q, k) int64 and weights (B, Q, k) float32, k = min(top_k, M), best first."""
-    o = Operands.of(p)
-    device, kept = p.query_key.device, min(top_k, o.memory)
-    indices = torch.empty(o.batch, o.queries, kept, dtype=torch.int64, device=device)
-    weights = torch.empty(o.batch, o.queries, kept, dtype=torch.float32, device=device)
+    return match_entries(Operands.of(p), top_k)
+
+
+def match_entries(o: Operands, top_k: int) -> tuple[Tensor, Tensor]:
+    """The same of any operands, for each of their entries."""
+    device, kept = o.device, min(top_k, o.memory)
+    indices = torch.empty(o.entries, o.queries, kept, dtype=torch.int64, device=device)
+    weights = torch.empty(o.entries, o.queries, kept, dtype=torch.float32, device=device)
     if indices.numel() == 0:
         return indices, weights
     size = group_size(o.memory)
     groups = triton.cdiv(o.memory, size)
     chosen = min(kept, groups)
-    block_q, block_m, warps = _tile(o, size, device)
-    per_query = 4 * o.batch * (groups + chosen * (size + 1))
+    block_q, block_m, warps = _tile(o, size)
+    per_query = 4 * o.entries * (groups + chosen * (size + 1))
     rows = min(o.queries, max(block_q, _BUFFER // per_query // block_q * block_q))
     maxima, candidates = (
-        torch.empty(o.batch * rows * width, dtype=torch.float32, device=device)
+        torch.empty(o.entries * rows * width, dtype=torch.float32, device=device)
         for width in (groups, chosen * size)
     )
-    chosen_groups = torch.empty(o.batch * rows * chosen, dtype=torch.int32, device=device)
+    chosen_groups = torch.empty(o.entries * rows * chosen, dtype=torch.int32, device=device)
     operands = (*o.query, *o.memory_side)
     with on_device(device):
         for first in range(0, o.queries, rows):
             count = min(rows, o.queries - first)
             blocks = triton.cdiv(o.memory, block_m)
-            parts = split(blocks, triton.cdiv(count, block_q) * o.batch, device)
+            parts = split(blocks, triton.cdiv(count, block_q) * o.entries, device)
             span = triton.cdiv(blocks, parts) * block_m
             launch(
                 group_maxima,
-                (triton.cdiv(count, block_q), triton.cdiv(o.memory, span), o.batch),
+                (triton.cdiv(count, block_q), triton.cdiv(o.memory, span), o.entries),
                 *operands, first, o.queries, o.memory, maxima, count, groups, span,
                 **o.options, BLOCK_Q=block_q, BLOCK_M=block_m, GROUP=size,
                 num_warps=warps, num_stages=2 if o.wide else 3,
@@ -250,20 +263,20 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
             block = max(32, triton.next_power_of_2(groups))
             launch(
                 choose_groups,
-                (o.batch * count,),
+                (o.entries * count,),
                 maxima, chosen_groups, groups, chosen,
                 BLOCK=block, num_warps=min(16, max(1, block // 512)),
             )  # fmt: skip
             launch(
                 candidate_scores,
-                (count, o.batch),
+                (count, o.entries),
                 *operands, first, o.queries, o.memory, chosen_groups, candidates, count, chosen,
                 **o.options, GROUP=size, BLOCK=max(16, min(64, 8192 // o.block_c)), num_warps=4,
             )  # fmt: skip
             block = max(32, triton.next_power_of_2(chosen * size))
             launch(
                 choose_matches,
-                (count, o.batch),
+                (count, o.entries),
                 chosen_groups, candidates, indices, weights, first, o.queries, count, chosen, kept,
                 GROUP=size, BLOCK=block, BLOCK_K=max(16, triton.next_power_of_2(kept)),
                 num_warps=min(16, max(1, block // 512)),
@@ -271,13 +284,13 @@ def match(p: Scores, top_k: int) -> tuple[Tensor, Tensor]:
     return indices, weights
 
 
-def _tile(o: Operands, group: int, device: torch.device) -> tuple[int, int, int]:
+def _tile(o: Operands, group: int) -> tuple[int, int, int]:
     """(BLOCK_Q, BLOCK_M, warps) of a score tile: the largest that fits the registers."""
     selects = bool(o.options["SELECTION"])  # two products at a time
     heavy = selects or o.block_c > 64
     if not o.wide:
         block_q, block_m, warps = 128, 64 if selects or o.options["PRIOR"] else 128, 8
-    elif capability(device)[0] >= 9:
+    elif capability(o.device)[0] >= 9:
         block_q, block_m, warps = 64, 32 if heavy else 64, 8
     else:
         block_q, block_m, warps = (16, 64, 8) if heavy or group > 32 else (64, 32, 4)
