@@ -282,7 +282,8 @@ class Tracker:
         objects = dict(zip(present.object_ids, before, strict=True))
         objects |= dict(zip(ids, given.unbind(1), strict=True))  # corrected ones keep their place
         present.object_ids = list(objects)
-        present.probabilities = self.model.combine(background[:, None], torch.stack(list(objects.values()), 1))
+        together = torch.stack(list(objects.values()), 1)
+        present.probabilities = self.model.combine(background[:, None], together)
         present.given = True
 
     def _remember(self, present: _Present) -> None:
