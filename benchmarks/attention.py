@@ -5,22 +5,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import vosops
+from vosops.ops.attention import limits
+from vosops.ops.attention.problem import check_heads
 
-from . import measure
+from . import cuda, measure
 from .case import DTYPES, Job, Operator, Settings, relative_error
 from .peers import multihead
 
+# How SDPA is called on CUDA devices besides PyTorch's own choice: by backend, or with heads cut.
+_SDPA: dict[str, dict[str, Any]] = {
+    "sdpa_flash": {"backend": SDPBackend.FLASH_ATTENTION},
+    "sdpa_efficient": {"backend": SDPBackend.EFFICIENT_ATTENTION},
+    "sdpa_cudnn": {"backend": SDPBackend.CUDNN_ATTENTION},
+    "sdpa_split": {"equal_widths": True},
+    "sdpa_split_cudnn": {"equal_widths": True, "backend": SDPBackend.CUDNN_ATTENTION},
+}
 _PEERS: dict[str, Callable[..., Any]] = {
     "eager": multihead.attention,
     "smart_eager": multihead.attention_smart,
     "sdpa": multihead.attention_sdpa,
+    "compiled": multihead.attention_compiled,
+    "flex": multihead.attention_flex,
+    **{name: partial(multihead.attention_sdpa, **how) for name, how in _SDPA.items()},
 }
+_ON_CPU = ("eager", "smart_eager", "sdpa")
+_DENSE_ONLY = ("sdpa", "flex", *_SDPA)
+_FORCED = cuda.forced(vosops.attention)
 # Relative to the largest element. Low precision rounds the weights and, in the peers, the scores.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 _SCORE_BAND = 1e-4  # two scores this close may be ranked either way in float32
@@ -67,11 +85,17 @@ _SMALL = (
     AttentionShape("lt-aotl-240p-t5-k32", "the same, top-32", 16 * 27, 5 * 16 * 27, top_k=32),
     AttentionShape("lt-deaot-240p-t5", "DeAOT, 240p", 16 * 27, 5 * 16 * 27, 128, (512, 512), 1),
 )
+_Q_1080P = 68 * 121
+_LARGE = (  # what fills a GPU
+    AttentionShape("lt-aotl-1080p-t10", "AOT, 1080p, 10 memory frames", _Q_1080P, 10 * _Q_1080P),
+    AttentionShape("lt-aotl-1080p-t10-k32", "the same, top-32", _Q_1080P, 10 * _Q_1080P, top_k=32),
+)
 ATTENTION_GROUPS = {
     "standard": tuple(shape.name for shape in _STANDARD),
     "small": tuple(shape.name for shape in _SMALL),
+    "large": tuple(shape.name for shape in _LARGE),
 }
-ATTENTION = {shape.name: shape for shape in (*_STANDARD, *_SMALL)}
+ATTENTION = {shape.name: shape for shape in (*_STANDARD, *_SMALL, *_LARGE)}
 
 
 @dataclass(frozen=True)
@@ -146,16 +170,45 @@ class AttentionCase:
             return "dense attention has nothing to gather"
         if implementation == "smart_eager" and self.settings.backward:
             return "forward only"
-        if implementation == "sdpa" and self.shape.top_k is not None:
+        if implementation in _DENSE_ONLY and self.shape.top_k is not None:
             return "reads densely; timed on the dense shape"
-        return None
+        if implementation in cuda.FORCED:
+            return self._refused_by(implementation)
+        return self._refused_by_sdpa(_SDPA[implementation]) if implementation in _SDPA else None
+
+    def _refused_by(self, implementation: str) -> str | None:
+        given, options = self.inputs, self.inputs.options
+        names = ("query", "key", *(f"value[{index}]" for index in range(len(given.values))))
+        tensors = dict(zip(names, given.tensors(), strict=True))
+        tensors |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
+        gate = options.get("identity_gate")
+        p = check_heads(given.query, given.key, self.shape.num_heads, None, gate, False)
+        kept = self.shape.top_k if (self.shape.top_k or 0) < self.shape.memory else None
+        return cuda.refused_by(
+            implementation, tensors, lambda backend: limits.reasons_against(backend, p, kept)
+        )
+
+    def _refused_by_sdpa(self, how: dict[str, Any]) -> str | None:
+        width = sum(self.shape.values)
+        if how.get("equal_widths") and (width == self.shape.channels or width % self.shape.channels):
+            return "there is nothing to cut: timed where value heads are some times as wide as the key's"
+        if "backend" not in how:
+            return None
+        if self.settings.device.type != "cuda":
+            return "PyTorch has this backend on CUDA devices"
+        inputs = self.inputs.leaves() if self.settings.backward else self.inputs
+        options: dict[str, Any] = {**inputs.options, **how}
+        backend = options.pop("backend")
+        serves = multihead.sdpa_serves(backend, inputs.query, inputs.key, inputs.values, **options)
+        return None if serves else "PyTorch says that this backend of SDPA does not serve the call"
 
     def needs_bytes(self, implementation: str) -> int:
         shape, size = self.shape, DTYPES[self.settings.dtype].itemsize
         matrix = shape.num_heads * shape.queries * shape.memory * size
         values = sum(shape.values) * shape.memory * size
-        matrices = {"vosops": 0, "sdpa": 2, "smart_eager": 2, "eager": 3 if shape.top_k is None else 4}
-        return (2 if self.settings.backward else 1) * matrices[implementation] * matrix + 2 * values
+        published = 3 if shape.top_k is None else 4
+        matrices = {"sdpa": 2, "smart_eager": 2, "eager": published, "compiled": published}
+        return (2 if self.settings.backward else 1) * matrices.get(implementation, 0) * matrix + 2 * values
 
     def call(self, implementation: str) -> Callable[[], object]:
         if self.settings.backward:
@@ -175,18 +228,19 @@ class AttentionCase:
 
     def _attend(self, implementation: str, inputs: Inputs) -> tuple[Tensor, ...]:
         options = dict(inputs.options)
-        if implementation != "sdpa" and self.shape.top_k is not None:
+        if self.shape.top_k is not None:
             options["top_k"] = self.shape.top_k
-        if implementation == "vosops":
-            return _vosops(inputs, options)
+        if implementation == "vosops" or implementation in _FORCED:
+            return _vosops(inputs, options, _FORCED.get(implementation, vosops.attention))
         reads: tuple[Tensor, ...] = _PEERS[implementation](inputs.query, inputs.key, inputs.values, **options)
         return reads
 
     def error(self, implementation: str) -> float:
         expected = self._reference()
         at = expected.queries
+        gradients: tuple[Tensor, ...] = ()
         if not self.settings.backward:
-            reads, gradients = self._forward(implementation), ()
+            reads = self._forward(implementation)
         else:
             upstream = tuple(torch.zeros_like(x) for x in self._upstream)
             for zero, full, weight in zip(upstream, self._upstream, expected.weights, strict=True):
@@ -215,7 +269,9 @@ class AttentionCase:
             name: x.double() if isinstance(x, Tensor) else x for name, x in self.inputs.options.items()
         }
         small = Inputs(query[:, at], key, tuple(values), options)
-        weights = tuple(torch.ones(1, len(at), width, dtype=torch.float64) for width in shape.values)
+        weights = tuple(
+            torch.ones(1, len(at), width, dtype=torch.float64, device=at.device) for width in shape.values
+        )
         if shape.top_k is not None and shape.top_k < shape.memory:
             sure = self._sure(small)  # [1, n, h]
             weights = tuple(
@@ -249,6 +305,9 @@ class AttentionCase:
 
         At measured rates; the exponentials, for which there is none, are left out. Backward adds the scores
         again, dQ, dK, dL/dw and dV; with top_k three more passes over the gathered rows.
+
+        On a GPU the larger of the operations and of the bytes of `_moved_bytes`. Heads of 32 channels spend
+        longer on exponentials than on products there, and cannot come near.
         """
         shape = self.shape
         dtype = DTYPES[self.settings.dtype]
@@ -264,15 +323,31 @@ class AttentionCase:
             moved = (
                 shape.queries * shape.top_k * width * dtype.itemsize * (4 if self.settings.backward else 1)
             )
+        if self.settings.device.type == "cuda":
+            return cuda.floor_ms(operations, self._moved_bytes(), rates)
         words = f"{operations / 1e9:.1f} GFLOP at {rates.peak / 1e9:.0f} GFLOP/s"
         if moved:
             words += f" + {moved / 2**20:.0f} MiB at {rates.copy / 2**30:.0f} GiB/s"
         return 1e3 * (operations / rates.peak + moved / rates.copy), words
 
+    def _moved_bytes(self) -> int:
+        """Query, key, the value rows that can be kept, the read; backward: again, and the gradients."""
+        shape, width = self.shape, sum(self.shape.values)
+        rows = shape.memory if shape.top_k is None else min(shape.memory, shape.queries * shape.top_k)
+        keys = (shape.queries + shape.memory) * shape.channels
+        if shape.modulated:
+            keys += shape.memory * (shape.values[0] + shape.num_heads)
+        elements = keys + (rows + shape.queries) * width
+        if self.settings.backward:
+            elements += 2 * keys + (shape.queries + rows + shape.memory) * width
+        return elements * DTYPES[self.settings.dtype].itemsize
 
-def _vosops(inputs: Inputs, options: dict[str, Any]) -> tuple[Tensor, ...]:
+
+def _vosops(
+    inputs: Inputs, options: dict[str, Any], attention: Callable[..., Any] = vosops.attention
+) -> tuple[Tensor, ...]:
     value = inputs.values if len(inputs.values) > 1 else inputs.values[0]
-    result = vosops.attention(inputs.query, inputs.key, value, **options)
+    result = attention(inputs.query, inputs.key, value, **options)
     return (result,) if isinstance(result, Tensor) else result
 
 
@@ -281,9 +356,38 @@ def _make_case(shape: str, settings: Settings, seed: int) -> AttentionCase:
 
 
 _TOKENS = "position_major"  # how AOT holds its memory
+_OURS = ("vosops", *cuda.FORCED)
+_BACKENDS = ("sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+_ANY_SDPA = (*_BACKENDS, "sdpa_split", "sdpa_split_cudnn")
+_DENSE = ("lt-aotl-t10", "lt-deaot-t10", "lt-aotl-t1")
+
+
+def _cuda_everything() -> tuple[Job, ...]:
+    """Ordered by weight: a session that is cut short has measured the targets first."""
+    low = Settings("bfloat16", _TOKENS)
+    backward = Settings("bfloat16", _TOKENS, backward=True)
+    top_k = ("lt-aotl-t10-k32",)
+    return (
+        Job(_DENSE, (*_OURS, *_ANY_SDPA, "flex", "eager"), low),
+        Job(top_k, (*_OURS, "eager", "smart_eager", "compiled"), low),
+        *(Job(_DENSE, (*_OURS, *_ANY_SDPA), Settings(dtype, _TOKENS)) for dtype in ("float32", "float16")),
+        Job(_DENSE, (*_OURS, *_ANY_SDPA, "eager"), backward),
+        Job(("lt-aotl-t10-v2",), (*_OURS, *_BACKENDS, "eager"), low),
+        Job(top_k, (*_OURS, "eager"), backward),
+        Job(("lt-aotl-1080p-t10",), (*_OURS, *_BACKENDS), low),
+        Job(("lt-aotl-1080p-t10-k32",), (*_OURS, "smart_eager"), low),
+        Job(_DENSE, (*_OURS, *_ANY_SDPA), Settings("float32", _TOKENS, backward=True)),
+        *(
+            Job(top_k, (*_OURS, "eager", "smart_eager"), Settings(dtype, _TOKENS))
+            for dtype in ("float32", "float16")
+        ),
+        Job(("lt-aotl-t10", *top_k), _OURS, Settings("bfloat16")),
+    )
+
+
 OPERATOR = Operator(
     name="attention",
-    implementations=("vosops", *_PEERS),
+    implementations=("vosops", *_ON_CPU),
     shapes=tuple(ATTENTION),
     groups=ATTENTION_GROUPS,
     case=_make_case,
@@ -292,4 +396,6 @@ OPERATOR = Operator(
         Job(("lt-aotl-t1",), settings=Settings(layout=_TOKENS, backward=True)),
         Job(("lt-aotl-t10", "lt-aotl-t10-k32"), settings=Settings("bfloat16", _TOKENS)),
     ),
+    cuda_implementations=(*cuda.FORCED, *(name for name in _PEERS if name not in _ON_CPU)),
+    cuda_everything=_cuda_everything(),
 )

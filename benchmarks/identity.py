@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 import vosops
+from vosops.ops.identity import api
 
-from . import measure
+from . import cuda, measure
 from .case import DTYPES, Job, Operator, Settings, relative_error
 from .peers import one_hot
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "vosops": vosops.identity_embedding,
     "eager": one_hot.identity_embedding,
+    "bags": one_hot.identity_embedding_bags,
+    "compiled": one_hot.identity_embedding_compiled,
+    **cuda.forced(vosops.identity_embedding),
 }
+_ON_CPU = ("vosops", "eager")
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.005}
 
 
@@ -102,10 +107,15 @@ class IdentityCase:
         }
 
     def refuses(self, implementation: str) -> str | None:
-        return None
+        if implementation not in cuda.FORCED:
+            return None
+        tensors = {"labels": self.labels, "weight": self.weight, "bias": self.bias}
+        return cuda.refused_by(implementation, tensors, api._limits)
 
     def needs_bytes(self, implementation: str) -> int:
-        return 4 * self.labels.numel() * (1 if implementation == "vosops" else 2 * self.shape.classes)
+        taps = 8 * self._cells[0] * self._cells[1] * self.shape.kernel**2
+        peers = {"bags": 2 * taps, "eager": 8 * self.shape.classes * self.labels.numel()}
+        return peers.get(implementation, 4 * self.labels.numel())
 
     def call(self, implementation: str) -> Callable[[], object]:
         if self.settings.backward:
@@ -136,11 +146,21 @@ class IdentityCase:
         return _TOLERANCE[self.settings.dtype]
 
     def limit_ms(self) -> tuple[float, str]:
-        """One addition per output cell, tap and channel, at half the rate of products with additions."""
+        """One addition per output cell, tap and channel, at half the rate of products with additions.
+
+        On a GPU the larger of that and of the bytes: labels, weight, bias and result once; backward reads
+        the labels again and the gradient, and writes those of weight and bias.
+        """
         shape = self.shape
         rates = measure.ceilings(64, torch.float32, self.settings.device, torch.get_num_threads())
         additions = self._cells[0] * self._cells[1] * shape.kernel**2 * shape.channels
         additions *= 2 if self.settings.backward else 1
+        if self.settings.device.type == "cuda":
+            result = self._cells[0] * self._cells[1] * shape.channels
+            passes = 2 if self.settings.backward else 1
+            elements = self.weight.numel() + self.bias.numel() + result
+            moved = passes * (elements * DTYPES[self.settings.dtype].itemsize + self.labels.numel())
+            return cuda.floor_ms(2 * additions, moved, rates)
         words = f"{additions / 1e9:.2f} G additions at {rates.peak / 2e9:.0f} G/s"
         return 1e3 * additions / (rates.peak / 2), words
 
@@ -149,9 +169,11 @@ def _make_case(shape: str, settings: Settings, seed: int) -> IdentityCase:
     return IdentityCase(IDENTITY[shape], settings, seed)
 
 
+_OURS = ("vosops", *cuda.FORCED)
+
 OPERATOR = Operator(
     name="identity",
-    implementations=tuple(_IMPLEMENTATIONS),
+    implementations=_ON_CPU,
     shapes=tuple(IDENTITY),
     groups=IDENTITY_GROUPS,
     case=_make_case,
@@ -159,5 +181,17 @@ OPERATOR = Operator(
         Job(IDENTITY_GROUPS["standard"]),
         Job(("id-480p",), settings=Settings(backward=True)),
         Job(("id-480p",), settings=Settings("bfloat16")),
+    ),
+    cuda_implementations=("bags", "compiled", *cuda.FORCED),
+    cuda_everything=(
+        *(
+            Job(IDENTITY_GROUPS["standard"], (*_OURS, "eager", "bags", "compiled"), Settings(dtype))
+            for dtype in ("bfloat16", "float32")
+        ),
+        *(
+            Job(("id-480p", "id-480p-noise"), (*_OURS, "eager", "bags"), Settings(dtype, backward=True))
+            for dtype in ("bfloat16", "float32")
+        ),
+        Job(IDENTITY_GROUPS["standard"], (*_OURS, "eager", "bags"), Settings("float16")),
     ),
 )

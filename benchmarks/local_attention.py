@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 import vosops
+from vosops.ops.local_attention import limits
+from vosops.ops.local_attention.problem import build_window
 
-from . import measure
+from . import cuda, measure
 from .case import DTYPES, Job, Operator, Settings, relative_error
 from .peers import window
 
@@ -26,6 +28,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "sdpa": window.sdpa,
     "flex": window.flex,
     "natten": window.natten,
+    **cuda.forced(vosops.local_attention),
 }
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # relative to the largest element
 
@@ -72,7 +75,12 @@ _SMALL = (
     LocalShape("st-aot-240p", "AOT short-term attention, 240p video", (16, 28), 256, 256, 8, "both"),
     LocalShape("st-deaot-240p", "DeAOT short-term attention, 240p video", (16, 28), 128, 1024, 1, "key"),
 )
-SHAPES = {shape.name: shape for shape in (*_STANDARD, *_SMALL)}
+_LARGE = (  # what fills a GPU
+    LocalShape("st-aot-1080p", "AOT short-term attention, 1080p video", (68, 121), 256, 256, 8, "both"),
+    LocalShape("st-deaot-1080p", "DeAOT short-term attention, 1080p video", (68, 121), 128, 1024, 1, "key"),
+    LocalShape("st-plain-1080p", "AOT's widths without relative terms, 1080p", (68, 121), 256, 256, 8),
+)
+SHAPES = {shape.name: shape for shape in (*_STANDARD, *_SMALL, *_LARGE)}
 
 
 class LocalAttentionCase:
@@ -132,7 +140,27 @@ class LocalAttentionCase:
                 return "FlexAttention has no backward on the CPU"
             if shutil.which("g++") is None:
                 return "torch.compile needs g++"
-        return None
+        return self._refused_by(implementation) if implementation in cuda.FORCED else None
+
+    def _refused_by(self, implementation: str) -> str | None:
+        given, shape = self.tensors, self.shape
+        weight, offset, value = (given.get(f"relative_{name}") for name in ("weight", "offset", "value"))
+        p = build_window(
+            given["query"],
+            given["key"],
+            given["value"],
+            shape.heads,
+            shape.window,
+            dilation=1,
+            relative_bias=None,
+            relative_weight=weight,
+            relative_offset=offset,
+            relative_value=value,
+            scale=None,
+        )
+        return cuda.refused_by(
+            implementation, p.tensors(), lambda backend: limits.reasons_against(backend, p)
+        )
 
     def needs_bytes(self, implementation: str) -> int:
         shape, size = self.shape, max(4, DTYPES[self.settings.dtype].itemsize)
@@ -202,21 +230,38 @@ class LocalAttentionCase:
         relative_value Cv counted again; backward adds the scores and two products of each kind (dL/da and
         dv, dq and dk). Offsets outside of the frame are counted: a kernel that skips them may go below by
         a tenth. Besides, every input is read and the result written once.
+
+        On a GPU the larger of the two, only offsets inside the frame counted, and relative tensors read too.
         """
         shape, dtype = self.shape, DTYPES[self.settings.dtype]
         rates = measure.ceilings(64, dtype, self.settings.device, torch.get_num_threads())
         key = shape.channels * (1 if shape.relative == "none" else 2)
         value = shape.value_channels * (2 if shape.relative == "both" else 1)
-        operations = 2 * shape.queries * shape.window**2 * (key + value)
+        on_gpu = self.settings.device.type == "cuda"
+        pairs = _inside(shape) if on_gpu else shape.queries * shape.window**2
+        operations = 2 * pairs * (key + value)
         moved = 2 * shape.queries * (shape.channels + shape.value_channels) * dtype.itemsize
         if self.settings.backward:
-            operations += 2 * shape.queries * shape.window**2 * (3 * key + 2 * value)
+            operations += 2 * pairs * (3 * key + 2 * value)
             moved *= 3
+        if on_gpu:
+            read = shape.queries * shape.value_channels
+            inputs = sum(x.numel() for x in self.tensors.values())
+            elements = 3 * inputs + 2 * read if self.settings.backward else inputs + read
+            return cuda.floor_ms(operations, elements * dtype.itemsize, rates)
         milliseconds = 1e3 * (operations / rates.peak + moved / rates.copy)
         return milliseconds, (
             f"{operations / 1e9:.2f} GFLOP at {rates.peak / 1e9:.0f} GFLOP/s "
             f"+ {moved / 2**20:.1f} MiB at {rates.copy / 2**30:.0f} GiB/s"
         )
+
+
+def _inside(shape: LocalShape) -> int:
+    """Pairs of a position and a cell of its window that lies in the frame."""
+    reach, pairs = shape.window // 2, 1
+    for size in shape.grid:
+        pairs *= sum(min(size, i + reach + 1) - max(0, i - reach) for i in range(size))
+    return pairs
 
 
 def _make_case(shape: str, settings: Settings, seed: int) -> LocalAttentionCase:
@@ -225,14 +270,40 @@ def _make_case(shape: str, settings: Settings, seed: int) -> LocalAttentionCase:
 
 _AOT = ("st-aot-480p", "st-deaot-480p")
 _EAGER = ("vosops", "unfold", "dense_scatter", "masked_dense", "sdpa")
+_NAMES = tuple(name for name in _IMPLEMENTATIONS if name not in cuda.FORCED)
+_OURS = ("vosops", *cuda.FORCED)
+_TOKENS = "position_major"  # how the models hold maps
+
+
+def _cuda_everything() -> tuple[Job, ...]:
+    """Ordered by weight: a session that is cut short has measured the targets first."""
+    standard = tuple(shape.name for shape in _STANDARD)
+    large = tuple(shape.name for shape in _LARGE)
+    published = ("unfold", "dense_scatter", "sampler")
+    peers = (*published, "masked_dense", "sdpa", "flex", "natten")
+    backward = (*_OURS, "dense_scatter", "masked_dense", "sdpa", "flex", "natten")
+    return (
+        Job(standard, (*_OURS, *peers), Settings("bfloat16", _TOKENS)),
+        Job(large, (*_OURS, "masked_dense", "sdpa", "flex", "natten"), Settings("bfloat16", _TOKENS)),
+        *(Job(standard, (*_OURS, *peers), Settings(dtype, _TOKENS)) for dtype in ("float32", "float16")),
+        Job(standard, backward, Settings("bfloat16", _TOKENS, backward=True)),
+        Job(standard, (*_OURS, *peers), Settings("bfloat16")),
+        Job(standard, backward, Settings("float32", _TOKENS, backward=True)),
+        Job(large, _OURS, Settings("bfloat16", _TOKENS, backward=True)),
+        Job(large, _OURS, Settings("float32", _TOKENS)),
+        Job(_AOT, (*_OURS, *published), Settings()),
+        Job(_AOT, _OURS, Settings("float16", _TOKENS, backward=True)),
+    )
+
 
 OPERATOR = Operator(
     name="local_attention",
-    implementations=tuple(_IMPLEMENTATIONS),
+    implementations=_NAMES,
     shapes=tuple(SHAPES),
     groups={
         "standard": tuple(shape.name for shape in _STANDARD),
         "small": tuple(shape.name for shape in _SMALL),
+        "large": tuple(shape.name for shape in _LARGE),
     },
     case=_make_case,
     everything=(
@@ -241,9 +312,6 @@ OPERATOR = Operator(
         Job(_AOT, _EAGER, Settings(dtype="bfloat16")),
         Job(_AOT, ("vosops",), Settings(layout="position_major")),
     ),
-    cuda_everything=(
-        Job(tuple(shape.name for shape in _STANDARD), settings=Settings("bfloat16")),
-        Job(_AOT, settings=Settings()),
-        Job(_AOT, _EAGER, Settings("bfloat16", backward=True)),
-    ),
+    cuda_implementations=tuple(cuda.FORCED),
+    cuda_everything=_cuda_everything(),
 )

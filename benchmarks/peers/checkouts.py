@@ -120,7 +120,7 @@ class Checkout:
                     # larger keys.
                     if path.endswith("key_proj.key_proj") and self.base != "stcn":
                         module.weight.mul_(_PEAKED_KEYS)
-                    if path.endswith(("value_encoder.conv1", "mask_encoder.conv1")):
+                    if path.endswith("value_encoder.conv1"):
                         module.weight[:, 3:].mul_(_HEEDED_MASKS)
                     if path.endswith((".pred", ".pred2")):
                         module.weight.mul_(_DECIDED_MASKS[self.base])

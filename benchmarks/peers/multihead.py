@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head attention in plain PyTorch: the published formula, its best plain form, and SDPA."""
+"""Multi-head attention in plain PyTorch: the published formula, its best plain form, SDPA, FlexAttention."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import flexible
 
 
 def _split(x: Tensor, num_heads: int) -> Tensor:  # [B, N, C] -> [B, h, N, C/h]
@@ -83,6 +90,24 @@ def attention_smart(
     return parted(read.view(batch, heads, -1, channels), value, num_heads)
 
 
+def attention_compiled(
+    query: Tensor, key: Tensor, value: tuple[Tensor, ...], **options: object
+) -> tuple[Tensor, ...]:
+    """`attention`, through torch.compile for these very shapes, without graph breaks.
+
+    Args, returns: as `attention`.
+
+    Note:
+        The first call with new shapes or options compiles for ten seconds or more.
+    """
+    return _compiled()(query, key, value, **options)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(attention, dynamic=False, fullgraph=True)
+
+
 def attention_sdpa(
     query: Tensor,  # [B, Q, C]
     key: Tensor,  # [B, M, C]
@@ -91,18 +116,94 @@ def attention_sdpa(
     num_heads: int,
     identity: Tensor | None = None,
     identity_gate: Tensor | None = None,
+    backend: SDPBackend | None = None,
+    equal_widths: bool = False,
 ) -> tuple[Tensor, ...]:
     """Dense attention with F.scaled_dot_product_attention; several values are concatenated.
 
     Args, returns: as `vosops.attention` with a tuple of values and top_k=None.
+        backend: the one to take; None leaves the choice to PyTorch.
+        equal_widths: cut value heads into as many as make them as wide as those of the key (`flexible.cut`),
+            which all match again: the only way into PyTorch's fastest backends where the widths differ.
+
+    Raises:
+        RuntimeError: `backend` does not serve the call (`sdpa_serves`).
+        ValueError: equal_widths, and the width of a key head does not divide that of a value head.
 
     Note:
         Cost: 2 B Q M (C + Cv) operations. Where key and value widths differ PyTorch's CPU backend takes its
         matrix path, which stores h x Q x M.
     """
+    q, k, v, parts = _sdpa_heads(query, key, value, num_heads, identity, identity_gate, equal_widths)
+    with sdpa_kernel(backend) if backend is not None else nullcontext():
+        read = F.scaled_dot_product_attention(q, k, v)
+    return parted(flexible.join(read, parts), value, num_heads)
+
+
+def sdpa_serves(
+    backend: SDPBackend,
+    query: Tensor,
+    key: Tensor,
+    value: tuple[Tensor, ...],
+    *,
+    num_heads: int,
+    identity: Tensor | None = None,
+    identity_gate: Tensor | None = None,
+    equal_widths: bool = False,
+) -> bool:
+    """Whether PyTorch says that a backend of its own for CUDA serves a call of `attention_sdpa`.
+
+    Args:
+        backend: FLASH_ATTENTION, EFFICIENT_ATTENTION or CUDNN_ATTENTION.
+        query, key, value, num_heads, identity, identity_gate, equal_widths: of the call; on a CUDA device.
+    """
+    q, k, v, _ = _sdpa_heads(query, key, value, num_heads, identity, identity_gate, equal_widths)
+    ask = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
+    }[backend]
+    with sdpa_kernel(backend):
+        return bool(ask(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)))
+
+
+def _sdpa_heads(
+    query: Tensor,
+    key: Tensor,
+    value: tuple[Tensor, ...],
+    num_heads: int,
+    identity: Tensor | None,
+    identity_gate: Tensor | None,
+    equal_widths: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
     key = key if identity_gate is None else gated(key, identity_gate, num_heads)
     whole = joined(value, identity, num_heads)
-    read = F.scaled_dot_product_attention(*(_split(x, num_heads) for x in (query, key, whole)))
+    q, k, v = (_split(x, num_heads) for x in (query, key, whole))
+    parts = v.shape[-1] // k.shape[-1] if equal_widths else 1
+    if parts > 1:
+        q, k, v = (x.contiguous() for x in flexible.cut(q, k, v, parts))  # no kernel promises strides of 0
+    return *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), parts  # type: ignore[return-value]
+
+
+def attention_flex(
+    query: Tensor,  # [B, Q, C]
+    key: Tensor,  # [B, M, C]
+    value: tuple[Tensor, ...],  # [B, M, Cv] each
+    *,
+    num_heads: int,
+    identity: Tensor | None = None,
+    identity_gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Dense attention with compiled FlexAttention (`flexible.attend`); several values are concatenated.
+
+    Args, returns: as `vosops.attention` with a tuple of values and top_k=None.
+
+    Note:
+        Cost: 2 B Q M (C + Cv) operations. Forward only on the CPU.
+    """
+    key = key if identity_gate is None else gated(key, identity_gate, num_heads)
+    whole = joined(value, identity, num_heads)
+    read = flexible.attend(*(_split(x, num_heads) for x in (query, key, whole)))
     return parted(read, value, num_heads)
 
 

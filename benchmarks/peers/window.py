@@ -15,7 +15,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from . import flexible
 
 
 def unfold(
@@ -150,10 +152,11 @@ def flex(
     """Compiled FlexAttention: the window as block mask, the relative term in its score_mod.
 
     Note:
-        Cost: the blocks of 128 x 128 that the window touches. The first call with new shapes compiles for
-        several seconds. Forward only on the CPU; no relative_value, as `sdpa`.
+        Cost: the blocks of 128 x 128 that the window touches; maps whose channels lie innermost are not
+        copied. The first call with new shapes compiles for several seconds. Forward only on the CPU; no
+        relative_value, as `sdpa`.
     """
-    q, k, v = (_tokens(x, num_heads).contiguous() for x in (query, key, value))
+    q, k, v = (_tokens(x, num_heads) for x in (query, key, value))
     height, width = query.shape[2:]
     reach = window // 2
     relative = _relative(query, num_heads, relative_weight, relative_offset)
@@ -167,7 +170,7 @@ def flex(
             return score + table[b, h, i, torch.where(inside, dy * window + dx, 0)]
 
     mask = _block_mask(height, width, window, query.device)
-    return _compiled_flex()(q, k, v, score_mod=score_mod, block_mask=mask).mT.reshape(value.shape)
+    return flexible.attend(q, k, v, score_mod=score_mod, block_mask=mask).mT.reshape(value.shape)
 
 
 def natten(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, window: int) -> Tensor:
@@ -298,16 +301,16 @@ def _offsets(height: int, width: int, window: int, device: torch.device) -> tupl
 
 @cache
 def _block_mask(height: int, width: int, window: int, device: torch.device) -> BlockMask:
+    cells = height * width
+    return create_block_mask(mask_mod(width, window), None, None, cells, cells, device=str(device))
+
+
+def mask_mod(width: int, window: int) -> flexible.MaskMod:
+    """Whether position j of a map lies in the window around position i, as `create_block_mask` asks."""
     reach = window // 2
 
     def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         dy, dx = j // width - i // width, j % width - i % width
         return (dy.abs() <= reach) & (dx.abs() <= reach)
 
-    cells = height * width
-    return create_block_mask(inside, None, None, cells, cells, device=str(device))
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return inside

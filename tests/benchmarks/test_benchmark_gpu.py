@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,9 @@ def test_targets_that_are_missed_wrong_or_not_measured() -> None:
     assert not entries[0].met
     wrong = [{**r, "correct": False} if r["implementation"] == "vosops" else r for r in stand_in()]
     assert not any(entry.met for entry in gpu.targets(wrong))
-    nothing = gpu.targets([])
+    nothing = gpu.targets([row("another", "vosops", 1.0)])
     assert len(nothing) == 18
+    assert gpu.targets([]) == []
     assert all(entry.measured is None and not entry.met for entry in nothing)
     large = [{**r, "extra_mib": 954.0} if r["shape"] == "xmem-1080p" else r for r in stand_in()]
     assert not gpu.targets(large)[-1].met
@@ -103,10 +106,17 @@ def test_table_of_targets() -> None:
 
 def test_targets_of_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "memory_read-h200.json"
-    path.write_text(json.dumps({"environment": {"gpu": "NVIDIA H200"}, "rows": stand_in()[:9]}))
-    gpu.main(path)
+    about = dict.fromkeys(("cpu", "isa", "threads", "torch", "revision", "date"), "stand-in")
+    about["gpu"] = "NVIDIA H200"
+    rows = [{**r, "ratio": r["ms"] / 0.2} for r in stand_in()[:9]]
+    path.write_text(json.dumps({"environment": about, "rows": rows}))
+    gpu.main([path, path])
     text = capsys.readouterr().out
-    assert text.startswith("NVIDIA H200, 9 rows")
+    assert text.startswith("NVIDIA H200, memory_read-h200: 9 rows")
+    assert text.count("targets on a GPU") == 2
+    assert (tmp_path / "memory_read-h200-ratios-other.png").exists(), (
+        "drawn anew: a cut run has drawn nothing"
+    )
     assert "stm-t10-o2, bfloat16: sdpa or flex / vosops" in text
 
 
@@ -212,14 +222,46 @@ def test_what_raises_is_reported_where_asked(monkeypatch: pytest.MonkeyPatch) ->
         run.measure_case(*arguments, repeats=1)
 
 
-def test_the_session_script_is_bash() -> None:
+def test_the_session_fits_its_ten_minutes() -> None:
     script = ROOT / "benchmarks" / "gpu_session.sh"
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
-    limits = [
-        int(word)
-        for line in script.read_text().splitlines()
-        if line.startswith("step ")
-        for word in [line.split()[2]]
+    text = script.read_text()
+    plan = dict(re.findall(r"^  ([a-z_-]+)=(\d+)$", text, re.MULTILINE))
+    assert {f"benchmark-{name}" for name in run.OPERATORS} <= set(plan)
+    total = re.search(r"^readonly total=(\d+)", text, re.MULTILINE)
+    assert total is not None
+    assert sum(map(int, plan.values())) <= int(total[1]) <= 560, "ten minutes, tables and plots included"
+
+
+def test_a_session_of_chosen_steps(tmp_path: Path) -> None:
+    """With an interpreter that does nothing: what runs, in which order, and where the logs are."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\nif [ "$1" = - ]; then echo {} >"$2/$3-h200.json"; fi\necho "ran $*"\n')
+    fake.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "identity-old.json").touch()
+
+    def session(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(ROOT / "benchmarks" / "gpu_session.sh"), str(tmp_path / "out"), *arguments],
+            capture_output=True,
+            text=True,
+            env={"PATH": os.environ["PATH"], "PYTHON": str(fake)},
+        )
+
+    done = session("tests-triton", "benchmark-identity")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "benchmark-identity.log",
+        "identity-h200.json",
+        "identity-old.json",
+        "tests-triton.log",
     ]
-    assert len(limits) >= 4
-    assert sum(limits) <= 580, "under ten minutes in total"
+    assert re.search(r"== benchmark-identity \(at most 5\d\d s", done.stdout), (
+        "a step may use what is left of the session"
+    )
+    assert f"ran -m benchmarks.gpu {tmp_path}/out/identity-h200.json\n" in done.stdout, "not the old one"
+    assert "== build" not in done.stdout
+    wrong = session("build", "tests")
+    assert wrong.returncode == 2
+    assert "no step 'tests'" in wrong.stderr
