@@ -379,6 +379,16 @@ if __name__ == "__main__":
 
         del sys.argv[1]
         typer.run(main)
+    elif sys.argv[1:2] == ["dropin"]:  # published code before and after vosops.compat: likewise
+        from . import dropin
+
+        del sys.argv[1]
+        typer.run(dropin.main)
+    elif sys.argv[1:2] == ["train-step"]:  # a training step of STCN: likewise
+        from . import train_step
+
+        del sys.argv[1]
+        typer.run(train_step.main)
     else:
         from vosops.cli.bench import bench
 

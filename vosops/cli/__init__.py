@@ -4,11 +4,13 @@
 import typer
 
 from .bench import bench
+from .data import data
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
 from .models import models
 from .segment import segment
+from .train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(doctor)
@@ -16,4 +18,6 @@ app.command()(demo)
 app.command()(segment)
 app.command("eval")(evaluate)
 app.command()(models)
+app.add_typer(data, name="data")
+app.command()(train)
 app.command()(bench)

@@ -22,7 +22,7 @@ from .session import SessionSettings, VideoModel, check_clip
 if TYPE_CHECKING:
     from .aot_session import AOTSession
 
-CHANNELS = 256
+HEAD_CHANNELS = 32
 IDENTITIES = 10
 """Objects in one pass; more take several, which share the encoder."""
 
@@ -30,7 +30,7 @@ IDENTITIES = 10
 class Features(NamedTuple):
     """What AOT keeps of an image.
 
-    tokens: (B, h * w, 256) at stride 16.
+    tokens: (B, h * w, C) at stride 16; C = 256 in the published models.
     shortcuts: maps (B, C, ...) of the encoder at strides 4, 8 and 16.
     size: (h, w).
     frame: height and width of the image, at which masks are predicted.
@@ -42,6 +42,22 @@ class Features(NamedTuple):
     frame: tuple[int, int]
 
 
+class Supervision(NamedTuple):
+    """What the published training tells `AOT.forward` of a batch of clips beside their first masks.
+
+    objects: (B,) int64, how many of the O masks each clip has; the logits of the others are -10,000.
+    identities: (B, O) int64, the identity that each object takes: 1 to 10, no two alike in a clip.
+    labels: (B, T, H, W) integers (0 background, 1..O, 255 ignored) that memories are written with; None for
+        the predicted ones.
+    reference: the logits of the first frame, which reads itself, come before the others.
+    """
+
+    objects: Tensor
+    identities: Tensor
+    labels: Tensor | None = None
+    reference: bool = False
+
+
 class AOT(VideoModel):
     """Associating Objects with Transformers. Reads checkpoints of the published code (`vosops.models.load`).
 
@@ -49,9 +65,10 @@ class AOT(VideoModel):
     and logits are brought straight to the frame's own size.
 
     Args:
-        encoder: of `build_encoder`: mobilenetv2, resnet50, resnet101, resnest101, swin_base, or timm:NAME.
+        encoder: of `build_encoder`, as mobilenetv2, resnet50, swin_base, or timm:NAME.
         layers: blocks of the transformer.
         block: 1, or 2 for `LSTTBlockV2`.
+        channels: of tokens, in heads of 32, and of the decoder; 256 in the published models.
         memory_every: the session's default: distance of the frames that enter the long-term memory; None for
             reference frames alone.
         top_k: the session's default: tokens that a query reads of the long-term memory; None for all.
@@ -75,6 +92,7 @@ class AOT(VideoModel):
         layers: int = 1,
         *,
         block: int = 1,
+        channels: int = 256,
         memory_every: int | None = None,
         top_k: int | None = None,
         long_edge: int | None = None,
@@ -90,10 +108,13 @@ class AOT(VideoModel):
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if block not in (1, 2):
             raise ValueError(f"block must be 1 or 2, got {block}")
+        if channels < HEAD_CHANNELS or channels % HEAD_CHANNELS:
+            raise ValueError(f"channels must be a multiple of {HEAD_CHANNELS}, got {channels}")
+        self.channels = channels
         self.memory_every, self.top_k, self.long_edge = memory_every, top_k, long_edge
         self.encoder = build_encoder(encoder)
         self.aligned = self.encoder.align_corners
-        self.encoder_projector = nn.Conv2d(self.encoder.channels[-1], CHANNELS, 1)
+        self.encoder_projector = nn.Conv2d(self.encoder.channels[-1], channels, 1)
         nn.init.xavier_uniform_(self.encoder_projector.weight)
         self.LSTT, width = self._transformer(layers, block)
         self.decoder = FPNDecoder(
@@ -101,22 +122,25 @@ class AOT(VideoModel):
             1 + IDENTITIES,
             shortcut_channels=self.encoder.channels[:3],
             align_corners=self.aligned,
+            channels=channels,
         )
-        self.patch_wise_id_bank = IdentityBank(IDENTITIES, CHANNELS, aligned=self.aligned)
+        self.patch_wise_id_bank = IdentityBank(IDENTITIES, channels, aligned=self.aligned)
         self.id_norm = self._identity_norm(block)
         freeze_batch_norm(self)
 
     def _transformer(self, layers: int, block: int) -> tuple[LSTT | GatedPropagationModule, int]:
         """The transformer, and the channels of all that the decoder gets."""
-        return LSTT(layers, CHANNELS, block=LSTTBlockV2 if block == 2 else LSTTBlock), CHANNELS * (layers + 1)
+        kind = LSTTBlockV2 if block == 2 else LSTTBlock
+        heads = self.channels // HEAD_CHANNELS
+        return LSTT(layers, self.channels, heads, block=kind), self.channels * (layers + 1)
 
     def _identity_norm(self, block: int) -> nn.LayerNorm | None:
-        return nn.LayerNorm(CHANNELS) if block == 2 else None
+        return nn.LayerNorm(self.channels) if block == 2 else None
 
     def _position(self, features: Features) -> Tensor | None:
-        """What self-attention adds to queries and keys (1, h * w, 256)."""
+        """What self-attention adds to queries and keys (1, h * w, C)."""
         tokens = features.tokens
-        return sine_position(features.size, CHANNELS, tokens.device).to(tokens.dtype)
+        return sine_position(features.size, self.channels, tokens.device).to(tokens.dtype)
 
     def prepare(self, frame: Tensor) -> Tensor:
         """Normalised, at its own size: `encode` resizes."""
@@ -159,7 +183,7 @@ class AOT(VideoModel):
         return Features(as_tokens(projected), (x4, x8, x16), projected.shape[2:], frame)
 
     def embed(self, mask: Tensor, features: Features) -> Tensor:
-        """Identity embedding (B, h * w, 256) of a mask at the frame's size.
+        """Identity embedding (B, h * w, C) of a mask at the frame's size.
 
         Args:
             mask: (B, H, W) integer labels, 0 to 10 (255 ignored), or (B, 11, H, W) soft masks.
@@ -197,11 +221,16 @@ class AOT(VideoModel):
     def _decoder_inputs(self, outputs: list[Tensor], features: Features) -> list[Tensor]:
         return [features.tokens, *outputs]
 
-    def forward(self, frames: Tensor, first_mask: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, first_mask: Tensor, supervision: Supervision | None = None) -> Tensor:
         """Training: see `VideoModel.forward`; memories are written with the predicted labels.
 
         The first frame and, for models with `memory_every`, every second frame after it are the long-term
         memory, as in the published training.
+
+        Args:
+            frames, first_mask: as of `VideoModel.forward`.
+            supervision: other identities than 1..O, clips of fewer objects, memories written with given
+                labels, and the first frame's own logits: then (B, T, 1+O, H, W).
 
         Raises:
             ValueError: more than 10 objects.
@@ -211,26 +240,34 @@ class AOT(VideoModel):
         objects = first_mask.shape[1]
         if objects > IDENTITIES:
             raise ValueError(f"first_mask must have at most {IDENTITIES} objects, got {objects}")
+        roles = _Roles(first_mask, supervision)
         encoded = self.encode(normalize_imagenet(frames).flatten(0, 1))
         features = [_frame(encoded, batch, t) for t in range(time)]
-        spare = first_mask.new_zeros(batch, IDENTITIES - objects, *first_mask.shape[2:])
-        background = (1 - first_mask.sum(1, keepdim=True)).clamp(min=0)
-        identity = self.embed(torch.cat((background, first_mask, spare), 1), features[0])
-        _, currents = self.propagate(features[0], None, identity)
+        identity = self.embed(roles.soft(first_mask), features[0])
+        outputs, currents = self.propagate(features[0], None, identity)
         short = long = self.LSTT.memorise(currents, identity)
         results, last = [], 0
+        if supervision is not None and supervision.reference:
+            results.append(self._decode_roles(outputs, features[0], roles))
         for t in range(1, time):
             reads = [Read(*pair) for pair in zip(long, short, strict=True)]
             outputs, currents = self.propagate(features[t], reads, None)
-            results.append(self.decode(outputs, features[t], objects))
+            results.append(self._decode_roles(outputs, features[t], roles))
             if t == time - 1:
                 break
-            identity = self.embed(results[-1].argmax(1), features[t])
+            given = None if supervision is None else supervision.labels
+            labels = results[-1].argmax(1) if given is None else given[:, t].long()
+            identity = self.embed(roles.labels(labels), features[t])
             short = self.LSTT.memorise(currents, identity)
             if self.memory_every is not None and t - last >= _TRAINING_GAP:
                 long = [_joined(new, old) for new, old in zip(short, long, strict=True)]
                 last = t
         return torch.stack(results, 1)
+
+    def _decode_roles(self, outputs: list[Tensor], features: Features, roles: _Roles) -> Tensor:
+        """Logits (B, 1 + O, H, W) of the objects of a clip, whatever identities they took."""
+        logits = roles.logits(self.decode_identities(outputs, features)).float()
+        return F.interpolate(logits, size=features.frame, mode="bilinear", align_corners=self.aligned)
 
     def open_session(self, settings: SessionSettings) -> AOTSession:
         """As published: the reference frames and, for the models with `memory_every`, every such frame."""
@@ -265,10 +302,10 @@ class DeAOT(AOT):
         super().__init__(encoder, layers, memory_every=memory_every, top_k=top_k, long_edge=long_edge)
 
     def _transformer(self, layers: int, block: int) -> tuple[LSTT | GatedPropagationModule, int]:
-        return GatedPropagationModule(layers, CHANNELS), 2 * CHANNELS
+        return GatedPropagationModule(layers, self.channels), 2 * self.channels
 
     def _identity_norm(self, block: int) -> nn.LayerNorm | None:
-        return nn.LayerNorm(CHANNELS)
+        return nn.LayerNorm(self.channels)
 
     def _position(self, features: Features) -> Tensor | None:
         return None
@@ -278,6 +315,43 @@ class DeAOT(AOT):
 
 
 _TRAINING_GAP = 2
+_ABSENT = -1e4  # a logit; the softmax of it is 0 in every dtype
+
+
+class _Roles:
+    """Which identity every object of a clip takes, and which objects there are."""
+
+    def __init__(self, first_mask: Tensor, supervision: Supervision | None) -> None:
+        batch, objects = first_mask.shape[:2]
+        device = first_mask.device
+        background = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        if supervision is None:
+            identities = torch.arange(1, 1 + objects, device=device).expand(batch, -1)
+            self._absent = None
+        else:
+            identities = supervision.identities
+            self._absent = torch.arange(1 + objects, device=device) > supervision.objects[:, None]
+        self._channels = torch.cat((background, identities), 1)  # [B, 1 + O]
+
+    def soft(self, masks: Tensor) -> Tensor:
+        """Masks (B, O, H, W) as soft masks (B, 11, H, W) of the identities."""
+        background = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
+        together = torch.cat((background, masks), 1)
+        spread = together.new_zeros(len(masks), 1 + IDENTITIES, *masks.shape[2:])
+        return spread.scatter(1, self._index(together), together)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Labels (B, H, W) int64 of objects as labels of identities."""
+        table = F.pad(self._channels, (0, 256 - self._channels.shape[1]), value=255)
+        return table.gather(1, labels.flatten(1)).view_as(labels)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, 11, h, w) of identities as those of the objects (B, 1 + O, h, w)."""
+        chosen = logits.gather(1, self._index(logits))
+        return chosen if self._absent is None else chosen.masked_fill(self._absent[..., None, None], _ABSENT)
+
+    def _index(self, like: Tensor) -> Tensor:
+        return self._channels[..., None, None].expand(-1, -1, *like.shape[2:])
 
 
 def _frame(encoded: Features, batch: int, t: int) -> Features:

@@ -109,22 +109,31 @@ def _fold(network: nn.Module) -> None:
         before = (name, part)
 
 
+_MOBILENET_BLOCKS = {96: 14, 320: 18, 1280: 19}  # channels after so many blocks
+
+
 class MobileNetV2Encoder(AOTEncoder):
     """torchvision's MobileNetV2 at stride 16: the last stages are dilated by 2 instead of strided.
 
     Parameters features.N, as torchvision names them. Cost: 4.5 GMAC at 481x849.
 
+    Args:
+        last: channels of the last map: 1280, or 320 or 96 of a network that ends earlier (3.7, 1.6 GMAC).
+        dilated: False leaves the last stages strided: the last map has stride 32.
+
     Source: Sandler et al., MobileNetV2, CVPR 2018; AOT-T, -S, -B, -L and DeAOT-T, -S, -B, -L.
     """
 
-    channels = (24, 32, 96, 1280)
-
-    def __init__(self) -> None:
+    def __init__(self, last: int = 1280, *, dilated: bool = True) -> None:
         super().__init__()
-        self.features = mobilenet_v2(weights=None, norm_layer=FrozenBatchNorm2d).features
+        if last not in _MOBILENET_BLOCKS:
+            raise ValueError(f"last must be one of {', '.join(map(str, _MOBILENET_BLOCKS))}, got {last}")
+        self.channels = (24, 32, 96, last)
+        network = mobilenet_v2(weights=None, norm_layer=FrozenBatchNorm2d)
+        self.features = network.features[: _MOBILENET_BLOCKS[last]]
         for index, block in enumerate(self.features):
             for part in block.modules():
-                if index >= 14 and isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3):
+                if dilated and index >= 14 and isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3):
                     # The block that gave up its stride still sees undilated maps.
                     dilation = 1 if part.stride == (2, 2) else 2
                     part.stride, part.dilation, part.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
@@ -173,30 +182,35 @@ def _resnet(make: Any) -> AOTEncoder:
     return ResNetEncoder(make(weights=None, norm_layer=FrozenBatchNorm2d, zero_init_residual=True))
 
 
+_MOBILENETS = {"mobilenetv2": 1280, "mobilenetv2_320": 320, "mobilenetv2_96": 96}
+
+
 def build_encoder(name: str) -> AOTEncoder:
     """An encoder with random weights.
 
     Args:
         name: "mobilenetv2", "resnet50", "resnet101", "resnest101", "swin_base": the published ones, with the
-            names of their checkpoints; "timm:NAME": a network of timm, Swins (version 1) as `SwinEncoder` and
-            others as `TimmEncoder`, such as "timm:tf_efficientnetv2_s" or "timm:resnext101_32x8d".
+            names of their checkpoints; "mobilenetv2_320", "mobilenetv2_96", which end at so many channels;
+            "timm:NAME": a network of timm, Swins (version 1) as `SwinEncoder` and others as `TimmEncoder`,
+            such as "timm:tf_efficientnetv2_s" or "timm:resnext101_32x8d".
 
     Raises:
         TypeError: name is no str.
         ValueError: there is no such encoder, or it cannot serve (`TimmEncoder`).
-        ImportError: timm is not installed, for all but the first three.
+        ImportError: timm is not installed, for all but MobileNets and ResNets.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
-    if name == "mobilenetv2":
-        return MobileNetV2Encoder()
+    if name in _MOBILENETS:
+        return MobileNetV2Encoder(_MOBILENETS[name])
     if name == "resnet50":
         return _resnet(resnet50)
     if name == "resnet101":
         return _resnet(resnet101)
     if name not in ("resnest101", "swin_base") and not name.startswith("timm:"):
         raise ValueError(
-            f"name must be mobilenetv2, resnet50, resnet101, resnest101, swin_base or timm:NAME, got {name!r}"
+            "name must be mobilenetv2, resnet50, resnet101, resnest101, swin_base, mobilenetv2_320, "
+            f"mobilenetv2_96 or timm:NAME, got {name!r}"
         )
     from . import timm_encoders  # a second of imports that the others do without
 

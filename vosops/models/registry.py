@@ -152,6 +152,21 @@ MODELS = {
             "aot:AOT",
             {"encoder": "swin_base", "layers": 3, "block": 2, "memory_every": 5, "top_k": 32},
         ),
+        ModelInfo(
+            "stcn_tiny",
+            "STCN with a MobileNetV2",
+            ("memory_read", "soft_aggregate"),
+            "of vosops train",
+            "stcn_tiny:STCNTiny",
+        ),
+        ModelInfo(
+            "aot_tiny",
+            "AOT with half the channels",
+            _LSTT,
+            "of vosops train",
+            "aot:AOT",
+            {"encoder": "mobilenetv2_96", "layers": 2, "channels": 128, "memory_every": 5},
+        ),
     )
 }
 """Every model, by name."""

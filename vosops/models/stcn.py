@@ -65,25 +65,41 @@ class ValueEncoder(ResNetTrunk):
 
 
 class KeyProjection(nn.Module):
-    """Key (B, 64, h, w) of the features at stride 16."""
+    """Key (B, 64, h, w) of the features at stride 16.
 
-    def __init__(self) -> None:
+    Args:
+        in_channels: of the features.
+    """
+
+    def __init__(self, in_channels: int = 1024) -> None:
         super().__init__()
-        self.key_proj = nn.Conv2d(1024, KEY_CHANNELS, 3, padding=1)
+        self.key_proj = nn.Conv2d(in_channels, KEY_CHANNELS, 3, padding=1)
 
     def forward(self, f16: Tensor) -> Tensor:
         return self.key_proj(f16)
 
 
 class Decoder(nn.Module):
-    """Logits at stride 4 from what each object reads and the image's features."""
+    """Logits at stride 4 from what each object reads and the image's features.
 
-    def __init__(self) -> None:
+    Args:
+        in_channels: of value and `Features.thin` together.
+        skips: channels of f8 and f4.
+        widths: channels at strides 16, 8 and 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = VALUE_CHANNELS + 512,
+        skips: tuple[int, int] = (512, 256),
+        widths: tuple[int, int, int] = (512, 256, 256),
+    ) -> None:
         super().__init__()
-        self.compress = ResBlock(VALUE_CHANNELS + 512, 512)
-        self.up_16_8 = UpsampleBlock(512, 512, 256)
-        self.up_8_4 = UpsampleBlock(256, 256, 256)
-        self.pred = nn.Conv2d(256, 1, 3, padding=1)
+        at_16, at_8, at_4 = widths
+        self.compress = ResBlock(in_channels, at_16)
+        self.up_16_8 = UpsampleBlock(skips[0], at_16, at_8)
+        self.up_8_4 = UpsampleBlock(skips[1], at_8, at_4)
+        self.pred = nn.Conv2d(at_4, 1, 3, padding=1)
 
     def forward(self, read: Tensor, features: Features) -> Tensor:
         """(B, O, 4h, 4w) from read (B, O, 512, h, w)."""
@@ -114,12 +130,16 @@ class STCN(VideoModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.key_encoder = ResNetTrunk()
-        self.value_encoder = ValueEncoder()
+        self._build()
+        freeze_batch_norm(self)
+
+    def _build(self) -> None:
+        """Makes the networks."""
+        self.key_encoder: nn.Module = ResNetTrunk()
+        self.value_encoder: nn.Module = ValueEncoder()
         self.key_proj = KeyProjection()
         self.key_comp = nn.Conv2d(1024, 512, 3, padding=1)
         self.decoder = Decoder()
-        freeze_batch_norm(self)
 
     def prepare(self, frame: Tensor) -> Tensor:
         """Normalised, then zero-padded."""
@@ -134,16 +154,28 @@ class STCN(VideoModel):
         """Memory values (B, O, 512, h, w) of prepared images with masks (B, O, H, W) of their objects."""
         return self.value_encoder(image, masks, features.f16)
 
-    def decode(self, read: Tensor, features: Features) -> Tensor:
-        """Logits (B, 1+O, H, W), background first, from what O objects read (B, O, 512, h, w)."""
+    def decode(self, read: Tensor, features: Features, present: Tensor | None = None) -> Tensor:
+        """Logits (B, 1+O, H, W), background first, from what O objects read (B, O, 512, h, w).
+
+        Args:
+            read, features: of the frame.
+            present: (B, O) bool; the others have probability 0. None: all objects of all clips are there.
+        """
         logits = F.interpolate(
             self.decoder(read, features).float(), scale_factor=4, mode="bilinear", align_corners=False
         )
-        return soft_aggregate(torch.sigmoid(logits))
+        probabilities = torch.sigmoid(logits)
+        if present is not None:
+            probabilities = probabilities * present[..., None, None]
+        return soft_aggregate(probabilities)
 
     def forward(self, frames: Tensor, first_mask: Tensor) -> Tensor:
-        """Training: see `VideoModel.forward`; every frame is remembered with its predicted masks."""
+        """Training: see `VideoModel.forward`; every frame is remembered with its predicted masks.
+
+        Clips of a batch may differ in their objects: one with an empty first mask is not there.
+        """
         check_clip(frames, first_mask, self.stride)
+        present = first_mask.flatten(2).any(2)
         batch, time = frames.shape[:2]
         images = normalize_imagenet(frames)
         encoded = self.encode(images.flatten(0, 1))
@@ -154,7 +186,7 @@ class STCN(VideoModel):
             key = torch.stack([past.key for past in features[:t]], 2)  # [B, 64, t, h, w]
             read = memory_read(features[t].key, key, torch.stack(values, 3), similarity="l2")
             assert isinstance(read, Tensor)
-            results.append(self.decode(read, features[t]))
+            results.append(self.decode(read, features[t], present))
             masks = results[-1].softmax(1)[:, 1:]
         return torch.stack(results, 1)
 

@@ -226,7 +226,7 @@ class LSTT(nn.Module):
         self, layers: int, channels: int = 256, num_heads: int = 8, block: type[_Block] = LSTTBlock
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(block(channels, num_heads) for _ in range(layers))  # type: ignore[call-arg]
+        self.layers = nn.ModuleList(block(channels, num_heads, 4 * channels) for _ in range(layers))  # type: ignore[call-arg]
         self.decoder_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(layers))
 
     def forward(

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training-step benchmark: all implementations have one loss and one gradient; what it writes."""
+
+import json
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+from benchmarks import train_step
+
+
+def _run(*arguments):
+    app = Typer()
+    app.command()(train_step.main)
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_implementations_have_one_gradient():
+    found = {}
+    for name in train_step.IMPLEMENTATIONS:
+        step, model = train_step.make_step(name, 2, 64)
+        found[name] = (step(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    loss, gradients = found["vosops"]
+    for name in ("vosops_recompute", "published"):
+        other, theirs = found[name]
+        assert other == pytest.approx(loss, rel=1e-4), name
+        assert set(theirs) == set(gradients)
+        for key, gradient in gradients.items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(theirs[key], gradient, atol=1e-3 * scale + 1e-6, rtol=1e-3, msg=key)
+
+
+def test_file(tmp_path, monkeypatch):
+    def measured(name, batch, size, repeats, threads):
+        return train_step.measure_one(name, batch, size, repeats)
+
+    monkeypatch.setattr(train_step, "_in_process", measured)
+    monkeypatch.setattr(train_step, "IMPLEMENTATIONS", ("vosops", "published"))
+    target = tmp_path / "new" / "step.json"
+    done = _run("--batch", 1, "--size", 32, "--repeats", 1, "--json", target)
+    assert done.exit_code == 0, done.output
+    record = json.loads(target.read_text())
+    assert record["environment"]["torch"] == torch.__version__
+    assert [row["implementation"] for row in record["rows"]] == ["vosops", "published"]
+    for row in record["rows"]:
+        assert row["ms"] > 0
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 0
+        assert row["implementation"] in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", 40), "--size must be a multiple of 16"),
+        (("--batch", 0), "--batch must be at least 1, got 0"),
+        (("--one", "theirs"), "--one must be one of vosops"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = _run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ").replace("│", "")
