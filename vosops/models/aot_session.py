@@ -17,7 +17,7 @@ from vosops.nn.attention import as_map, as_tokens
 from vosops.nn.lstt import Current
 
 from .aot import AOT, IDENTITIES, Features
-from .session import Session, SessionSettings
+from .session import Session, SessionSettings, check_saved
 
 _EPSILON = 1e-5  # of probabilities that several groups share
 
@@ -169,10 +169,7 @@ class AOTSession(Session[Features]):
             ValueError: the settings differ; nothing has changed.
             KeyError: `state` is not of `state_dict`; nothing has changed.
         """
-        mine = self._settings()
-        for name in mine:
-            if state[name] != mine[name]:
-                raise ValueError(f"state was saved with {name} {state[name]}, this session has {mine[name]}")
+        check_saved(state, self._settings())
         last, groups = int(state["last"]), []
         policy = self._shared(state["groups"])
         for saved in state["groups"]:

@@ -113,6 +113,18 @@ class Session(ABC, Generic[FeaturesT]):
         """Takes a state back."""
 
 
+def check_saved(state: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Checks that a state to take back was saved with a session's own settings.
+
+    Raises:
+        ValueError: one differs, named.
+        KeyError: `state` is not of `state_dict`.
+    """
+    for name, value in mine.items():
+        if state[name] != value:
+            raise ValueError(f"state was saved with {name} {state[name]}, this session has {value}")
+
+
 class VideoModel(nn.Module, ABC):
     """A video object segmentation model that a `Tracker` can run.
 

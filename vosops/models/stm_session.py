@@ -15,7 +15,7 @@ from vosops.ops.aggregate import soft_aggregate
 from vosops.ops.priors import Prior
 
 from .blocks import map_objects, object_chunks
-from .session import Session, SessionSettings
+from .session import Session, SessionSettings, check_saved
 from .stm import STM, QueryFeatures, clamped_others, merge_slots
 
 _MEMORY_EVERY = 5
@@ -123,10 +123,7 @@ class STMSession(Session[QueryFeatures]):
             ValueError: the settings differ; nothing has changed.
             KeyError: `state` is not of `state_dict`; nothing has changed.
         """
-        mine = self._settings()
-        for name in mine:
-            if state[name] != mine[name]:
-                raise ValueError(f"state was saved with {name} {state[name]}, this session has {mine[name]}")
+        check_saved(state, self._settings())
         last, temporary, banks = state["last"], state["temporary"], {}
         for object_id, saved in state["banks"].items():
             bank = MemoryBank(SharedPolicy(self._policy, len(state["banks"])))
