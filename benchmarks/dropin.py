@@ -5,6 +5,10 @@ DIR holds checkouts of the published code (`peers/checkouts.py`). Each model run
 with random weights: its own inference loop on the same clip before and after enable(), frames/s and peak
 memory of both, and how far masks and probabilities agree; then its memory read alone at the size that
 its memory reaches, both ways in turn.
+
+A random network can be so sensitive that one top-k position, ranked the other way among equals, changes
+later masks. So the published code also runs on frames with noise of 1e-6: what that does to its own masks and
+probabilities stands beside the difference, which must be within the limits, or no larger.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +38,7 @@ from .peers.checkouts import CHANNELS, Checkout, moving_clip, on_cpu
 
 RESULTS = Path(__file__).parent / "results" / "dropin.json"
 AGREEMENT, DIFFERENCE = 0.9999, 1e-4  # what must hold of masks and probabilities
+_NOISE = 1e-6  # of frames in 0..1: some roundings
 FOLDERS = {**checkouts.FOLDERS, **dict.fromkeys(dropin_aot.MODELS, dropin_aot.FOLDER)}
 """Checkout of every model."""
 _FILE_WIDTH = 140
@@ -63,7 +69,8 @@ def measure_model(
 
     Returns:
         Sizes, seconds per frame, peak bytes beyond what was held before, agreement and difference, the
-        largest number of memory positions, and the milliseconds of the read alone.
+        published code's own under noise, the largest number of memory positions, and the milliseconds of
+        the read alone.
     """
     if name in dropin_aot.MODELS:
         return dropin_aot.measure_aot(name, root, frames=frames, size=size, objects=objects, fill=fill)
@@ -72,9 +79,9 @@ def measure_model(
     clip = moving_clip(frames, size, objects)
     checkout.run(moving_clip(2, size, objects))  # the first call of a convolution is slower
     before = _timed_run(checkout, clip)
+    own = _timed_run(checkout, _noisy(clip))
     with compat.enable() as report:
         after = _timed_run(checkout, clip)
-    same = before["masks"] == after["masks"]
     row = {
         "model": name,
         "size": list(size),
@@ -87,14 +94,31 @@ def measure_model(
         "speedup": before["seconds"] / after["seconds"],
         "published_peak_bytes": before["peak"],
         "vosops_peak_bytes": after["peak"],
-        "mask_agreement": same.double().mean().item(),
-        "largest_difference": (before["probabilities"] - after["probabilities"]).abs().max().item(),
+        **_compared(before, after, own),
         "memory_positions": after["positions"],
     }
-    row["equal"] = row["mask_agreement"] >= AGREEMENT and row["largest_difference"] <= DIFFERENCE
     if repeats:
         row |= measure_read(checkout, compat, size, objects, repeats)
     return row
+
+
+def _compared(before: dict[str, Any], after: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """How far masks and probabilities agree, after enable() and under noise, and whether that is enough."""
+    found: dict[str, Any] = {}
+    for name, other in (("", after), ("own_", own)):
+        found[f"{name}mask_agreement"] = (before["masks"] == other["masks"]).double().mean().item()
+        difference = (before["probabilities"] - other["probabilities"]).abs().max().item()
+        found[f"{name}largest_difference"] = difference
+    found["equal"] = (
+        found["mask_agreement"] >= min(AGREEMENT, found["own_mask_agreement"])
+        and found["largest_difference"] <= max(DIFFERENCE, found["own_largest_difference"])
+    )  # fmt: skip
+    return found
+
+
+def _noisy(clip: checkouts.Clip) -> checkouts.Clip:
+    generator = torch.Generator().manual_seed(1)
+    return replace(clip, frames=clip.frames + _NOISE * torch.randn(clip.frames.shape, generator=generator))
 
 
 def _timed_run(checkout: Checkout, clip: Any) -> dict[str, Any]:
@@ -222,7 +246,19 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for the terminal."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("model", no_wrap=True)
-    for name in ("frames/s", "after", "x", "peak MiB", "after", "read ms", "after", "x", "masks", "error"):
+    for name in (
+        "frames/s",
+        "after",
+        "x",
+        "peak MiB",
+        "after",
+        "read ms",
+        "after",
+        "x",
+        "masks",
+        "error",
+        "own",
+    ):
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("ok")
     for row in rows:
@@ -238,6 +274,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             *("" if value is None else f"{value:.1f}" for value in read),
             f"{100 * row['mask_agreement']:.4f}%",
             f"{row['largest_difference']:.0e}",
+            "" if row["own_largest_difference"] is None else f"{row['own_largest_difference']:.0e}",
             "[green]✓[/]" if row["equal"] else "[red]✗[/]",
         )
     return result

@@ -168,6 +168,7 @@ def measure_aot(
         "vosops_peak_bytes": after["peak"],
         "mask_agreement": agreement,
         "largest_difference": difference,
+        "own_largest_difference": None,
         "memory_positions": case.engine.aot_engines[0].long_term_memories[0][0].shape[0],
         "equal": agreement >= 0.9999 and difference <= 1e-4,
     }

@@ -66,9 +66,27 @@ def test_the_table_says_what_is_not_equal() -> None:
         "vosops_peak_bytes": 2**20,
         "mask_agreement": 0.99,
         "largest_difference": 1e-3,
+        "own_largest_difference": 2e-5,
         "equal": False,
     }
     table = dropin.table([row])
     cells = [next(iter(column.cells)) for column in table.columns]
     assert cells[:6] == ["stcn t19", "0.500", "1.000", "2.00", "", "1"]
-    assert cells[-3:] == ["99.0000%", "1e-03", "[red]✗[/]"]
+    assert cells[-4:] == ["99.0000%", "1e-03", "2e-05", "[red]✗[/]"]
+
+
+@pytest.mark.parametrize(
+    ("after", "noisy", "equal"),
+    [(5e-5, 0.0, True), (2e-3, 0.0, False), (2e-3, 5e-3, True), (2e-3, 1e-3, False)],
+)
+def test_the_published_codes_own_sensitivity_is_the_measure(after: float, noisy: float, equal: bool) -> None:
+    before = torch.full((4, 8, 8), 0.25)
+
+    def run(change: float) -> dict[str, Any]:
+        probabilities = before.clone()
+        probabilities[1, 3, 3] += change
+        return {"probabilities": probabilities, "masks": before.argmax(0)}
+
+    found = dropin._compared(run(0.0), run(after), run(noisy))
+    assert found["equal"] is equal
+    assert found["mask_agreement"] == 1
