@@ -72,6 +72,12 @@ class ModelInfo:
         model: VideoModel = from_state_dict(state, **options)
         return model
 
+    @functools.cached_property
+    def entries(self) -> Mapping[str, Tensor]:
+        """The state dict, without storage."""
+        with torch.device("meta"):
+            return self.build().state_dict()
+
     def parameters(self) -> int:
         """Number of parameters, counted on a model without storage."""
         with torch.device("meta"):
@@ -231,7 +237,7 @@ def recognise(state: Mapping[str, Tensor]) -> list[str]:
     scores: dict[str, float] = {}
     for name, info in MODELS.items():
         try:
-            own = _entries(name)
+            own = info.entries
             if hasattr(info.model_class(), "from_state_dict"):
                 with torch.device("meta"):
                     own = info.build(state).state_dict()
@@ -243,10 +249,3 @@ def recognise(state: Mapping[str, Tensor]) -> list[str]:
         scores[name] = 1 - misfits / max(len(own), len(state))
     best = max(scores.values(), default=0.0)
     return [name for name, score in scores.items() if score == best and score > 0.8]
-
-
-@functools.cache
-def _entries(name: str) -> dict[str, Tensor]:
-    """A model's state dict without storage."""
-    with torch.device("meta"):
-        return MODELS[name].build().state_dict()
