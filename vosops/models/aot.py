@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -208,9 +209,13 @@ class AOT(VideoModel):
         position = self._position(features)
         return self.LSTT(features.tokens, reads, identity, size=features.size, position=position, top_k=top_k)
 
-    def decode(self, outputs: list[Tensor], features: Features, objects: int) -> Tensor:
-        """Logits (B, 1 + objects, H, W) at the frame's size, background first, of `propagate`'s outputs."""
-        logits = self.decode_identities(outputs, features)[:, : 1 + objects].float()
+    def decode(self, outputs: list[Tensor], features: Features, select: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits (B, 1 + O, H, W) at the frame's size, background first, of `propagate`'s outputs.
+
+        Args:
+            select: from the logits (B, 11, h, w) of all identities to those of the objects (B, 1 + O, h, w).
+        """
+        logits = select(self.decode_identities(outputs, features)).float()
         return F.interpolate(logits, size=features.frame, mode="bilinear", align_corners=self.aligned)
 
     def decode_identities(self, outputs: list[Tensor], features: Features) -> Tensor:
@@ -248,11 +253,11 @@ class AOT(VideoModel):
         short = long = self.LSTT.memorise(currents, identity)
         results, last = [], 0
         if supervision is not None and supervision.reference:
-            results.append(self._decode_roles(outputs, features[0], roles))
+            results.append(self.decode(outputs, features[0], roles.logits))
         for t in range(1, time):
             reads = [Read(*pair) for pair in zip(long, short, strict=True)]
             outputs, currents = self.propagate(features[t], reads, None)
-            results.append(self._decode_roles(outputs, features[t], roles))
+            results.append(self.decode(outputs, features[t], roles.logits))
             if t == time - 1:
                 break
             given = None if supervision is None else supervision.labels
@@ -263,11 +268,6 @@ class AOT(VideoModel):
                 long = [_joined(new, old) for new, old in zip(short, long, strict=True)]
                 last = t
         return torch.stack(results, 1)
-
-    def _decode_roles(self, outputs: list[Tensor], features: Features, roles: _Roles) -> Tensor:
-        """Logits (B, 1 + O, H, W) of the objects of a clip, whatever identities they took."""
-        logits = roles.logits(self.decode_identities(outputs, features)).float()
-        return F.interpolate(logits, size=features.frame, mode="bilinear", align_corners=self.aligned)
 
     def open_session(self, settings: SessionSettings) -> AOTSession:
         """As published: the reference frames and, for the models with `memory_every`, every such frame."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ class AOTSession(Session[Features]):
         for group in self._groups:
             reads = [Read(_tokens(bank), short) for bank, short in zip(group.long, group.short, strict=True)]
             outputs, group.currents = self._model.propagate(features, reads, None, self._top_k)
-            channels = [0, *group.identities.values()]
-            logits.append(self._model.decode(outputs, features, group.given)[:, channels])
+            present = partial(_channels, numbers=[0, *group.identities.values()])
+            logits.append(self._model.decode(outputs, features, present))
         return merge_groups(logits)
 
     def remember(
@@ -227,3 +228,7 @@ def _tokens(bank: MemoryBank) -> Memory:
     """All that a bank holds, as tokens (1, T * h * w, C) without a copy."""
     (group,) = bank.groups
     return Memory(as_tokens(group.key), as_tokens(group.value[:, 0]))
+
+
+def _channels(logits: Tensor, numbers: list[int]) -> Tensor:
+    return logits[:, numbers]
