@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .triton_compile import EVERYTHING, Launch, check, needs_compiler, recorder
+from .triton_compile import EVERYTHING, Launch, check_cases, needs_compiler, recorder
 
 pytestmark = needs_compiler
 
@@ -131,9 +131,4 @@ if EVERYTHING:
 
 @pytest.mark.parametrize("architecture", CASES)
 def test_compiles(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    distinct: dict[Launch, str] = {}
-    for call, dtype in CASES[architecture]:
-        with monkeypatch.context() as patch:
-            for launch in launches(call, dtype, architecture, patch):
-                distinct.setdefault(launch, f"{call.name}, {str(dtype).removeprefix('torch.')}")
-    check(distinct, architecture, monkeypatch, tmp_path)
+    check_cases(CASES[architecture], launches, architecture, monkeypatch, tmp_path)

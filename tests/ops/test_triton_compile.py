@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vosops.ops.memory_read.problem import Scores
 
-from .triton_compile import EVERYTHING, Launch, check, kernels_of, launch_of, needs_compiler, recorder
+from .triton_compile import EVERYTHING, Launch, check_cases, kernels_of, launch_of, needs_compiler, recorder
 
 pytestmark = needs_compiler
 
@@ -158,12 +158,7 @@ if EVERYTHING:
 
 @pytest.mark.parametrize("architecture", CASES)
 def test_compiles(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    distinct: dict[Launch, str] = {}
-    for call, dtype in CASES[architecture]:
-        with monkeypatch.context() as patch:
-            for launch in launches(call, dtype, architecture, patch):
-                distinct.setdefault(launch, f"{call.name}, {str(dtype).removeprefix('torch.')}")
-    check(distinct, architecture, monkeypatch, tmp_path)
+    check_cases(CASES[architecture], launches, architecture, monkeypatch, tmp_path)
 
 
 def test_every_kernel_is_launched_by_a_case(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,22 @@ def kernels_of(modules: Sequence[str]) -> set[str]:
         source = Path(str(importlib.import_module(name).__file__)).read_text()
         written |= set(re.findall(r"launch\(\s*(\w+_kernel|[a-z]+_[a-z]+),", source))
     return written
+
+
+def check_cases(
+    cases: Iterable[tuple[Any, torch.dtype]],
+    launches: Callable[[Any, torch.dtype, int, pytest.MonkeyPatch], list[Launch]],
+    architecture: int,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> None:
+    """`check` of every distinct launch of the cases: calls with a name, and their types."""
+    distinct: dict[Launch, str] = {}
+    for call, dtype in cases:
+        with monkeypatch.context() as patch:
+            for launch in launches(call, dtype, architecture, patch):
+                distinct.setdefault(launch, f"{call.name}, {str(dtype).removeprefix('torch.')}")
+    check(distinct, architecture, monkeypatch, folder)
 
 
 def check(
