@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label propagation without training on seven DAVIS-2016 sequences: `python -m benchmarks.propagation`.
+"""The shipped models and training-free propagation on seven DAVIS-2016 sequences:
+`python -m benchmarks.propagation`.
 
 Given the first frame's mask, every method segments the rest; J and F under the DAVIS semi-supervised
-protocol (first and last frame not scored). Beside `LabelPropagator` stand two baselines and the masks that
-the authors of STM published. Four sequences are also run from their multi-object masks and scored as the
-union of the objects, the only ground truth there is for those.
+protocol (first and last frame not scored). Beside the models and `LabelPropagator` stand two baselines and
+the masks that the authors of STM published. Four sequences are also run from their multi-object masks and
+scored as the union of the objects, the only ground truth there is for those.
 
 Needs the clips in the folder VOSOPS_DATA (default ../shared/data).
 """
@@ -29,9 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment
+from vosops import models
 from vosops.data import open_frames, read_labels
 from vosops.evaluation import evaluate_sequence
-from vosops.propagate import CopyFirstMask, LabelPropagator, PropagationSettings, WarpPreviousMask
+from vosops.models.registry import shipped_weights
+from vosops.propagate import CopyFirstMask, LabelPropagator, PropagationSettings, Tracker, WarpPreviousMask
 from vosops.propagate.run import VideoSegmenter
 
 RESULTS = Path(__file__).parent / "results" / "propagation.json"
@@ -179,18 +182,18 @@ def write(path: Path, rows: list[Row], settings: list[dict[str, Any]]) -> None:
 
 def main(
     features: Annotated[
-        str | None,
-        typer.Option(help="A second LabelPropagator with these features, beside the builtin ones."),
+        list[str] | None,
+        typer.Option(help="LabelPropagators with these features, beside the builtin ones; repeatable."),
     ] = None,
     feature_weights: Annotated[
-        Path | None, typer.Option(help="Weight file of its backbone (.safetensors, .pth).")
+        Path | None, typer.Option(help="Weight file of their backbone (.safetensors, .pth).")
     ] = None,
     sequence: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     output: Annotated[
         Path, typer.Option("--json", help="File to write; a CSV file goes beside it.")
     ] = RESULTS,
 ) -> None:
-    """Score label propagation, its baselines and the published STM masks."""
+    """Score the shipped models, label propagation, its baselines and the published STM masks."""
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
@@ -206,12 +209,13 @@ def main(
     if feature_weights is not None and features is None:
         raise typer.BadParameter("--feature-weights needs --features, as torchvision:mobilenet_v2")
     chosen = [PropagationSettings()]
-    if features is not None:
-        chosen.append(PropagationSettings(features=features, feature_weights=feature_weights))
+    for kind in features or ():
+        chosen.append(PropagationSettings(features=kind, feature_weights=feature_weights))
         LabelPropagator(chosen[-1])  # a bad name or file shows before the work
     methods: dict[str, Callable[[], VideoSegmenter]] = {
-        f"propagation, {s.features}": partial(LabelPropagator, s) for s in chosen
+        name: partial(Tracker, models.load(name)) for name in models.MODELS if shipped_weights(name)
     }
+    methods |= {f"propagation, {s.features}": partial(LabelPropagator, s) for s in chosen}
     methods |= {"first mask copied": CopyFirstMask, "previous mask warped": WarpPreviousMask}
     rows: list[Row] = []
     for name in known:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from vosops.cli.demo import demo
 from vosops.data.rendered_clip import RenderedClip, render_clip, write_clip
+from vosops.recipes import Pipeline
 
 MODULE = sys.modules["vosops.cli.demo"]
 SIZE = (64, 96)
@@ -36,13 +37,23 @@ class FirstMask:
         self.mask, self.object_ids = state["mask"], state["object_ids"]
 
 
+class FirstMaskPipeline:
+    """Any recipe, made with `FirstMask`."""
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def __call__(self):
+        return FirstMask()
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """A short clip, a quick segmenter and a small benchmark, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VOSOPS_DATA", raising=False)
     monkeypatch.setattr(MODULE, "render_clip", lambda size: render_clip(4, SIZE))
-    monkeypatch.setattr(MODULE, "LabelPropagator", FirstMask)
+    monkeypatch.setattr(MODULE, "Pipeline", FirstMaskPipeline)
     monkeypatch.setattr(MODULE, "_SHAPE", "stcn-240p-t5-o1")
     monkeypatch.setattr(MODULE, "_REPEATS", 1)
 
@@ -66,6 +77,25 @@ def test_rendered_clip():
     assert 0 < record["j_and_f"] < 1
     assert [row["implementation"] for row in record["benchmark"]] == ["vosops", "eager", "smart_eager"]
     assert all(row["correct"] for row in record["benchmark"])
+
+
+@pytest.mark.parametrize("model", ["stcn_tiny", "propagate"])
+def test_models(monkeypatch, model):
+    monkeypatch.setattr(MODULE, "Pipeline", Pipeline)
+    monkeypatch.setattr(MODULE, "_benchmark", lambda out, console: [])
+    done = _demo(*(() if model == "stcn_tiny" else ("--model", model)))
+    assert done.exit_code == 0, done.output
+    assert f"from the first mask, {model}:" in done.output
+    record = json.loads(Path("demo/demo.json").read_text())
+    assert record["model"] == model
+    assert 0 < record["j_and_f"] <= 1  # the clip is far smaller than what the model was trained on
+
+
+def test_a_model_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(MODULE, "Pipeline", Pipeline)
+    done = _demo("--model", "nothing")
+    assert done.exit_code == 2
+    assert "nothing" in done.output
 
 
 def test_real_clip(monkeypatch):

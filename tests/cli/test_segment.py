@@ -3,6 +3,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from vosops.data import davis_palette, open_frames, video_writer, write_mask
 from vosops.memory import Bounded, ByteBudget
 from vosops.models import MODELS, ModelInfo
 from vosops.propagate import LabelPropagator, Tracker
+from vosops.propagate.probabilities import SavedProbabilities
+from vosops.refine.network import build_network
 
 SIZE = (120, 192)
 FRAMES = 14
+MODULE = sys.modules["vosops.cli.segment"]
 DATA = Path(os.environ.get("VOSOPS_DATA", "../shared/data"))
 
 
@@ -42,8 +46,9 @@ def truth(number):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Frames, a video and the first mask in the current folder."""
+    """Frames, a video and the first mask in the current folder; propagation where no model is named."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MODULE, "default_model", lambda: "propagate")
     Path("clip").mkdir()
     with video_writer("clip.mp4", SIZE, fps=12) as writer:
         for number in range(FRAMES):
@@ -134,7 +139,7 @@ def test_failure_exits_with_1_and_resume_gives_the_same_files(folder):
     fails(message, *arguments, "--out", "out", code=1)
     Path("clip/00008.png").write_bytes(good)
     fails(r"out is not empty: resume=True \(--resume on the command line\)", *arguments, "--out", "out")
-    changed = r"cannot resume in out: it was begun with top_k=\d+ \(now 3\)\. Repeat what"
+    changed = r"cannot resume in out: it was begun with top_k=null \(now 3\)\. Repeat what"
     fails(changed, *arguments, "--out", "out", "--resume", "--top-k", 3)
     result = run(*arguments, "--out", "out", "--resume")
     assert "6 frames segmented now" in result.stdout
@@ -226,31 +231,32 @@ def test_segments_with_a_model(checkpoint, monkeypatch):
     assert region_similarity(labels == 5, truth(13) == 5) > 0.8
     settings, options = made[-1]
     assert (settings.memory_every, settings.policy, settings.top_k) == (None, None, None)
-    assert options == {"dtype": torch.float32}
+    assert options == {"device": None, "dtype": torch.float32}
     memory = ["--memory-every", 3, "--memory-frames", 4, "--memory-bytes", "2MB", "--top-k", 8]
     run(*checkpoint, "--out", "out2", *memory, "--dtype", "bfloat16")
     settings, options = made[-1]
     assert (settings.memory_every, settings.top_k) == (3, 8)
     assert settings.policy == ByteBudget(2_000_000, Bounded(5))
-    assert options == {"dtype": torch.bfloat16}
+    assert options == {"device": None, "dtype": torch.bfloat16}
 
 
 def test_several_scales_and_mirrored(checkpoint):
     for name, method in (("model", checkpoint), ("propagation", (*checkpoint[:3], "--no-overlay"))):
-        run(*method, "--out", name, "--scales", "1.0,0.75", "--flip")
+        result = run(*method, "--out", name, "--tta", "flip,1.0,0.75")
+        assert re.search(r"4 segmenters remember about \d+ MB after 14 frames\n", result.stderr)
         labels = np.asarray(Image.open(f"{name}/masks/00013.png"))
         assert region_similarity(labels == 5, truth(13) == 5) > 0.7, name
         begun = r"it was begun with .*flip=true \(now false\); scales=\[1\.0, 0\.75\] \(now \[1\.0\]\)"
         fails(begun, *method, "--out", name, "--resume")
     out = ("--out", "out")
     fails(
-        r"--scales must be numbers joined by commas, as 1\.0,1\.25; got '1;2'",
+        r"tta must be flip and factors above 0, as flip,1\.0,1\.2; got '1;2'",
         *method,
         *out,
-        "--scales",
+        "--tta",
         "1;2",
     )
-    fails(r"scales must be finite and above 0, got \[0\.0\]", *method, *out, "--scales", "0")
+    fails(r"tta must be flip and factors above 0, .* got '0'", *method, *out, "--tta", "0")
     assert not Path("out").exists()
 
 
@@ -281,7 +287,7 @@ def test_a_models_run_is_resumed_with_the_same_weights_only(checkpoint):
 def test_options_of_another_method_are_refused_by_name(checkpoint):
     mask = checkpoint[:3]
     fails(
-        r"--weights, --dtype: only for a --model",
+        r"--weights, --dtype: only for a --model other than propagate",
         *mask,
         "--out",
         "out",
@@ -291,7 +297,7 @@ def test_options_of_another_method_are_refused_by_name(checkpoint):
         "float16",
     )
     fails(
-        r"--memory-dtype, --features: only for the training-free propagation",
+        r"--memory-dtype, --features: only for the training-free propagation \(--model propagate\)",
         *checkpoint,
         "--out",
         "out",
@@ -300,7 +306,7 @@ def test_options_of_another_method_are_refused_by_name(checkpoint):
         "--memory-dtype",
         "float32",
     )
-    fails(r"--model stcn needs its checkpoint: --weights FILE", *mask, "--out", "out", "--model", "stcn")
+    fails(r"model stcn needs its checkpoint", *mask, "--out", "out", "--model", "stcn")
     fails(r"model must be one of stm, kmn, .*, got 'tcn'", *mask, "--out", "out", "--model", "tcn")
     fails(r"no such file: gone\.pth", *mask, "--out", "out", "--model", "stcn", "--weights", "gone.pth")
     torch.save({"other": torch.zeros(3)}, "other.pth")
@@ -310,6 +316,89 @@ def test_options_of_another_method_are_refused_by_name(checkpoint):
     fails(r"memory_frames must be at least 1, got 0", *checkpoint, "--out", "out", "--memory-frames", 0)
     fails(r"memory_every must be at least 1, got 0", *checkpoint, "--out", "out", "--memory-every", 0)
     assert not Path("out").exists()
+
+
+RECIPE = """
+members:
+  - {model: stcn, weights: stcn.pth}
+  - {model: propagate, options: {stride: 6}}
+tta: [flip]
+merge: maximum
+memory: {frames: 3}
+max_size: 128
+"""
+
+
+def test_a_recipe_and_what_is_laid_over_it(checkpoint, monkeypatch):
+    made = []
+    original = MODULE.Pipeline
+
+    def note(recipe):
+        made.append(recipe)
+        return original(recipe)
+
+    monkeypatch.setattr(MODULE, "Pipeline", note)
+    Path("recipe.yaml").write_text(RECIPE)
+    method = ("clip", "--mask", "mask.png", "--no-overlay", "--ensemble", "recipe.yaml")
+    result = run(*method, "--out", "out")
+    assert "4 segmenters remember about" in result.stderr
+    labels = np.asarray(Image.open("out/masks/00013.png"))
+    assert region_similarity(labels == 5, truth(13) == 5) > 0.7
+    fails(r"it was begun with max_size=128 \(now 96\)", *method, "--out", "out", "--resume", "--max-size", 96)
+    good = Path("clip/00008.png").read_bytes()
+    Path("clip/00008.png").write_bytes(good[:100])
+    fails(r"8 masks are in cut/masks", *method, "--out", "cut", code=1)
+    Path("clip/00008.png").write_bytes(good)
+    run(*method, "--out", "cut", "--resume")
+    for file in Path("out/masks").iterdir():
+        assert (Path("cut/masks") / file.name).read_bytes() == file.read_bytes(), file
+    weights = Path("boundary.pth")
+    torch.save(build_network().state_dict(), weights)
+    monkeypatch.setattr("vosops.refine.boundary.WEIGHTS", weights)
+    changed = ["--tta", "0.75", "--memory-bytes", "2MB", "--refine", "boundary", "--zoom", "small"]
+    run(*method, "--out", "out2", *changed, "--max-size", 64)
+    recipe = made[-1]
+    assert [member.model for member in recipe.members] == ["stcn", "propagate"]
+    assert (recipe.tta, recipe.merge, recipe.zoom, recipe.max_size) == (("0.75",), "maximum", "small", 64)
+    assert (recipe.memory.frames, recipe.memory.bytes) == (3, 2_000_000)
+    assert recipe.refine.kind == "boundary"
+    out = ("--out", "out3")
+    refused = ("--model", "stcn", "--top-k", 3, "--features", "builtin")
+    fails(r"--model, --top-k, --features: only for a single --model", *method, *out, *refused)
+    fails(
+        r"memory_every must be null where memory is balanced",
+        *method,
+        *out,
+        "--memory-balanced",
+        "--memory-every",
+        2,
+    )
+    Path("recipe.yaml").write_text(RECIPE.replace("stcn.pth", "gone.pth"))
+    fails(r"member 1: weights: no such file: gone\.pth", *method, *out)
+    Path("recipe.yaml").write_text("model: stcn")
+    fails(r"unknown key model; there are members, tta", *method, *out)
+    fails(r"cannot read gone\.yaml", *method[:-1], "gone.yaml", *out)
+    assert not Path("out3").exists()
+
+
+def test_the_default_is_the_shipped_model(checkpoint, monkeypatch):
+    monkeypatch.setattr(MODULE, "default_model", lambda: "stcn")
+    monkeypatch.setattr("vosops.recipes.pipeline.shipped_weights", lambda name: Path("stcn.pth"))
+    run(*checkpoint[:3], "--no-overlay", "--out", "default")
+    run(*checkpoint, "--out", "named")
+    assert Path("default/run.json").read_bytes() == Path("named/run.json").read_bytes()
+
+
+def test_probabilities_are_saved_and_an_ensemble_reads_them(folder):
+    mask = ("clip", "--mask", "mask.png", "--no-overlay", "--max-size", 96)
+    run(*mask, "--out", "a", "--save-probabilities")
+    assert len(list(Path("a/probabilities").glob("*.npz"))) == FRAMES
+    assert SavedProbabilities("a/probabilities").manifest["size"] == [60, 96]
+    Path("offline.yaml").write_text("members: [{probabilities: a}]")
+    run(*mask, "--out", "b", "--ensemble", "offline.yaml")
+    for number in range(FRAMES):
+        first, second = (np.asarray(Image.open(f"{out}/masks/{number:05d}.png")) for out in "ab")
+        assert (first == second).mean() > 0.999
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vosops.propagate import CopyFirstMask, LabelPropagator
-from vosops.propagate.augment import AugmentedSegmenter
+from tests.propagate.stand_in import ColourModel
+from tests.propagate.test_ensemble import FINE, load, score
+from vosops.memory import Bounded, ByteBudget, EveryNth
+from vosops.memory.policies import Policy
+from vosops.models import SessionSettings, create
+from vosops.models import load as load_model
+from vosops.models.registry import shipped_weights
+from vosops.propagate import CopyFirstMask, LabelPropagator, Tracker
+from vosops.propagate.augment import AugmentedSegmenter, estimate_memory
 from vosops.propagate.run import VideoSegmenter
 
 
@@ -199,3 +207,97 @@ def test_bad_frames_are_named() -> None:
         AugmentedSegmenter(lambda: same, flip=True)
     with pytest.raises(TypeError, match="make_segmenter must be a function"):
         AugmentedSegmenter(CopyFirstMask())
+
+
+def _held_after(segmenter: AugmentedSegmenter, size: tuple[int, int], objects: int, frames: int) -> int:
+    """Bytes of memory after a video of noise with so many objects."""
+    rng = np.random.default_rng(1)
+    mask = np.zeros(size, np.uint8)
+    for i in range(1, objects + 1):
+        mask[:, 12 * i : 12 * i + 10] = i
+    for number in range(frames):
+        frame = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        if number == 0:
+            segmenter.add(frame, mask)
+        else:
+            segmenter.step(frame)
+    return segmenter.memory_nbytes
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, EveryNth(3), Bounded(6), ByteBudget(200_000)],
+    ids=["every frame", "every third", "bounded", "budget"],
+)
+@pytest.mark.parametrize("frames", [2, 21])
+def test_the_memory_of_all_variants_is_told_before(policy: Policy | None, frames: int) -> None:
+    """Exact, whether the memory grows or not, at sizes that are no multiples of the stride."""
+
+    def make() -> Tracker:
+        return Tracker(ColourModel(stride=8), SessionSettings(policy=policy))
+
+    size, options = (70, 101), {"scales": (1.0, 0.75, 1.5), "flip": True}
+    told = estimate_memory(make, size, 2, frames, **options)
+    assert told == _held_after(AugmentedSegmenter(make, **options), size, 2, frames)
+    if policy is None and frames > 2:
+        assert told > 2 * estimate_memory(make, size, 2, 8, **options)
+
+
+@pytest.mark.parametrize("kind", ["stcn_tiny", "aot_tiny", "propagation"])
+def test_the_memory_of_real_segmenters_is_told_before(kind: str) -> None:
+    torch.set_num_threads(1)
+    model = None if kind == "propagation" else create(kind)
+
+    def make() -> VideoSegmenter:
+        return LabelPropagator() if model is None else Tracker(model, SessionSettings(memory_every=2))
+
+    size = (64, 104)
+    told = estimate_memory(make, size, 3, 12, flip=True)
+    held = _held_after(AugmentedSegmenter(make, flip=True), size, 3, 12)
+    assert told == held
+
+
+def test_memory_that_does_not_follow_the_size_is_told_too() -> None:
+    """Of every frame something in proportion to its pixels, and something that every frame takes."""
+
+    class Keeps(CopyFirstMask):
+        memory_nbytes = 0
+
+        def step(self, frame: np.ndarray) -> Tensor:
+            self.memory_nbytes += frame.nbytes + 1000
+            return super().step(frame)
+
+    options = {"scales": (1.0, 0.5), "flip": True}
+    expected = 2 * 19 * (3 * 60 * 96 + 3 * 30 * 48 + 2 * 1000)
+    assert _held_after(AugmentedSegmenter(Keeps, **options), (60, 96), 2, 20) == expected
+    assert estimate_memory(Keeps, (60, 96), 2, 20, **options) == expected
+
+
+def test_what_memory_cannot_be_told_of() -> None:
+    with pytest.raises(TypeError, match="CopyFirstMask does not tell its memory"):
+        estimate_memory(CopyFirstMask, (60, 96), 1, 10)
+    for arguments, error, message in (
+        (((60, 96), 0, 10), ValueError, "objects must be at least 1, got 0"),
+        (((60, 96), 1, 1), ValueError, "frames must be at least 2, got 1"),
+        (((60, 96), 1, 5.0), TypeError, "frames must be an integer, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            estimate_memory(LabelPropagator, *arguments)
+    with pytest.raises(ValueError, match="one or more distinct"):
+        estimate_memory(LabelPropagator, (60, 96), 1, 10, scales=())
+
+
+@pytest.mark.parametrize("kind", ["propagation", "stcn_tiny", "aot_tiny"])
+def test_on_real_clips_flip_is_not_worse(kind: str) -> None:
+    """Mean over clips; a tenth of a point is less than what a pixel's width at the border makes."""
+    if kind == "propagation":
+        size, make = (144, 256), partial(LabelPropagator, FINE)
+    else:
+        weights = shipped_weights(kind)
+        if weights is None:
+            pytest.skip(f"vosops/weights lacks {kind}")
+        size, make = (240, 427), partial(Tracker, load_model(kind, weights))
+    clips = [load(sequence, 8, size) for sequence in ("soapbox", "dance-twirl")]
+    plain = np.mean([score(make(), *clip) for clip in clips])
+    flipped = np.mean([score(AugmentedSegmenter(make, flip=True), *clip) for clip in clips])
+    assert flipped >= plain - 0.1

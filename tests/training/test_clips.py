@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vosops.training.clips import Clip, DataError, collate, first_frame_objects
-from vosops.training.dataset import DataConfig, SourceConfig, build_dataset
+from vosops.training.dataset import DataConfig, SourceConfig, build_dataset, open_source
 
 
 def clip(objects=1, size=8, name="a"):
@@ -221,3 +221,17 @@ def test_real_data_give_clips(train_data):
     data = build_dataset(DataConfig(sources, merge=1.0), frames=3, crop=192, max_objects=3, seed=0)
     objects = [data[i].objects for i in range(10)]
     assert sum(count > 1 for count in objects) >= 7
+
+
+def test_sequences_to_take_and_to_leave_out(small_sets):
+    def names(**options):
+        source = SourceConfig("davis", str(small_sets / "davis"), **options)
+        return {s.name for s in open_source(source).sequences}
+
+    assert names() == {"left", "right"}
+    assert names(only=("left",)) == {"left"}
+    assert names(without=("left",)) == {"right"}
+    with pytest.raises(DataError, match="has no sequence 'middle' to take or leave out"):
+        names(without=("middle",))
+    with pytest.raises(DataError, match="only and without leave no sequence"):
+        names(only=("left",), without=("left",))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from vosops.models import MODELS
+from vosops.refine.network import NAME as REFINER
 from vosops.training.config import ConfigError, dump, load_config
 from vosops.training.settings import build, differences, override, plain
 
@@ -111,7 +112,7 @@ def test_differences():
 def test_configs_of_the_project(path, tmp_path):
     config = load_config(path)
     assert config.run == Path("runs") / path.stem
-    assert config.model.name in MODELS
+    assert config.model.name in (*MODELS, REFINER)
     assert path.stem.startswith(config.model.name)
     written = tmp_path / "config.yaml"
     written.write_text(dump(config))
@@ -133,14 +134,14 @@ def test_there_are_configs():
         ("crop=16", r"crop must be at least 32 pixels, got 16"),
         ("workers=-1", r"workers and seed must not be negative"),
         ("optim.lr=0", r"optim.lr must be above 0, got 0"),
-        ("optim.min_lr=1", r"optim.min_lr must lie in \[0, lr = 0.0004\], got 1.0"),
+        ("optim.min_lr=1", r"optim.min_lr must lie in \[0, lr = 0.0005\], got 1.0"),
         ("optim.warmup=2", r"optim.warmup must lie in \[0, 1\], got 2.0"),
         ("optim.weight_decay=-1", r"optim.weight_decay must not be negative"),
         ("loss.kind=dice", r"loss.kind must be one of aot, stcn, got 'dice'"),
         ("loss.hard_fraction=0", r"loss.hard_fraction must be above 0, got 0"),
-        ("loss.hard_from=0.9", r"loss.hard_from must not exceed hard_to, 0.47, got 0.9"),
+        ("loss.hard_from=0.9", r"loss.hard_from must not exceed hard_to, 0.6, got 0.9"),
         ("aot.reference=2", r"aot.reference must lie in"),
-        ("held_out.clips=2", r"key held_out.data is missing: a mapping"),
+        ("held_out={clips: 2}", r"key held_out.data is missing: a mapping"),
         ("precision=fp8", r"precision must be one of no, bf16, fp16, got 'fp8'"),
         ("data.merge=2", r"data.merge must lie in \[0, 1\], got 2"),
         ("data.sources.0.layout=coco", r"data.sources.0.layout must be one of regions, .*got 'coco'"),

@@ -144,7 +144,9 @@ def test_a_killed_run_goes_on_bit_for_bit(clips, tmp_path, finished):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     last = random.SystemRandom().randint(config.checkpoint_every, config.steps - 1)
     deadline = time.monotonic() + 240
-    while process.poll() is None and len(read_log(config.run)) < last:
+    # A step is in the log a moment before its checkpoint is on the disk.
+    there = (config.run / "checkpoint.pth").is_file
+    while process.poll() is None and not (len(read_log(config.run)) >= last and there()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()

@@ -43,7 +43,8 @@ def test_the_encoder_is_what_was_pretrained():
         model = models.create("stcn_tiny")
     names = {name for name, _ in model.named_parameters() if is_encoder(name)}
     assert names
-    assert all(name.startswith("key_encoder.features.") for name in names)
+    assert all(name.startswith("key_encoder.") for name in names)
+    assert not any(name.startswith("key_encoder.top.") for name in names)
 
 
 def test_nothing_to_train_is_an_error():

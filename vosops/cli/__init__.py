@@ -3,8 +3,10 @@
 
 import typer
 
+from .ablate import ablate
 from .bench import bench
 from .data import data
+from .dataset import dataset
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
@@ -17,6 +19,8 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(segment)
 app.command("eval")(evaluate)
+app.add_typer(dataset, name="dataset")
+app.command()(ablate)
 app.command()(models)
 app.add_typer(data, name="data")
 app.command()(train)

@@ -18,8 +18,9 @@ from rich.progress import Progress
 from vosops.data import open_frames, read_labels, read_mask
 from vosops.data.rendered_clip import render_clip, write_clip
 from vosops.evaluation import SequenceScore, evaluate_sequence
-from vosops.propagate import LabelPropagator
+from vosops.models.registry import default_model
 from vosops.propagate.run import RunError, Summary, segment_video
+from vosops.recipes import Member, Pipeline, Recipe
 
 from .bench import load_benchmarks
 
@@ -45,6 +46,12 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder to write to; that of an earlier demo is replaced.")
     ] = Path("demo"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="One with shipped weights, or propagate, without training. (default the best shipped one)"
+        ),
+    ] = None,
 ) -> None:
     """Segment a clip from its first mask, score it, and time memory_read against plain PyTorch.
 
@@ -56,6 +63,8 @@ def demo(
     """
     console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
     try:
+        model = model or default_model()
+        pipeline = Pipeline(Recipe((Member(model),)))
         data = _find_data()
         _prepare(out)
         clip = _rendered(out) if data is None else _real(data)
@@ -63,9 +72,10 @@ def demo(
         errors.print(f"vosops demo: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     try:
-        summary, score = _segment(clip, out, console)
+        summary, score = _segment(clip, pipeline, out, console)
         record: dict[str, Any] = {
             "clip": clip.name,
+            "model": model,
             "origin": clip.origin,
             "frames": summary.frames,
             "frames_per_second": summary.fps,
@@ -134,7 +144,7 @@ def _rendered(out: Path) -> _Clip:
     return _Clip(clip.name, origin, frames, masks)
 
 
-def _segment(clip: _Clip, out: Path, console: Console) -> tuple[Summary, SequenceScore]:
+def _segment(clip: _Clip, pipeline: Pipeline, out: Path, console: Console) -> tuple[Summary, SequenceScore]:
     source = open_frames(clip.frames)
     annotations = [clip.masks / f"{name}.png" for name, _ in source]
     labels, palette = read_mask(annotations[0], source.size)
@@ -146,7 +156,7 @@ def _segment(clip: _Clip, out: Path, console: Console) -> tuple[Summary, Sequenc
     ):
         tasks = {stage: progress.add_task(stage, total=len(annotations)) for stage in ("segment", "overlay")}
         summary = segment_video(
-            LabelPropagator(),
+            pipeline(),
             source,
             labels,
             work,
@@ -157,8 +167,9 @@ def _segment(clip: _Clip, out: Path, console: Console) -> tuple[Summary, Sequenc
             os.replace(Path(work) / name, out / name)
     predictions = [out / "masks" / path.name for path in annotations]
     score = evaluate_sequence(map(read_labels, annotations), map(read_labels, predictions), name=clip.name)
+    (member,) = pipeline.recipe.members
     console.print(
-        f"segmented     from the first mask, without training: {summary.seconds:.1f} s, "
+        f"segmented     from the first mask, {member.model}: {summary.seconds:.1f} s, "
         f"{summary.fps:.2f} frames/s\n"
         f"J&F           {score.jf_mean:.3f} (J {score.j_mean:.3f}, F {score.f_mean:.3f}), objects: "
         f"{score.num_objects}\n"

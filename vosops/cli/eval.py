@@ -43,7 +43,7 @@ def evaluate(
     try:
         if csv is not None:
             _make_folder(csv)
-        names = None if sequences is None else _sequence_names(sequences)
+        names = None if sequences is None else sequence_names(sequences)
         with console.status("scoring ...") as status:
             report = evaluate_folders(
                 results,
@@ -55,7 +55,7 @@ def evaluate(
     except EvaluationError as error:
         errors.print(f"vosops eval: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
-    console.print(_table(report, console))
+    console.print(table(report, console))
     if csv is not None:
         for path in write_csv(report, csv):
             console.print(f"wrote {path}", markup=False, highlight=False)
@@ -69,7 +69,12 @@ def _make_folder(csv: Path) -> None:
         raise EvaluationError(f"--csv {csv}: cannot be made a folder: {error.strerror}") from error
 
 
-def _sequence_names(text: str) -> list[str]:
+def sequence_names(text: str) -> list[str]:
+    """The names in a text file, or in a text joined by commas.
+
+    Raises:
+        EvaluationError: no such file, or no name in it.
+    """
     path = Path(text)
     if path.is_file():
         names = path.read_text(encoding="utf-8").split()
@@ -82,7 +87,8 @@ def _sequence_names(text: str) -> list[str]:
     return names
 
 
-def _table(report: EvaluationReport, console: Console) -> Table:
+def table(report: EvaluationReport, console: Console) -> Table:
+    """The scores of every object and their mean, in the width of `console`."""
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 1, 0, 0))
     table.add_column("object", overflow="fold")
     for column in ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay"):

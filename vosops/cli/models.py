@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vosops.models import MODELS, ModelInfo
+from vosops.models.registry import shipped_weights
 
 
 def models() -> None:
@@ -24,7 +25,9 @@ def models() -> None:
     table.add_column("operators used")
     table.add_column("checkpoint it reads")
     for info in MODELS.values():
-        table.add_row(info.name, info.source, _parameters(info), ", ".join(info.operators), info.checkpoint)
+        shipped = "" if shipped_weights(info.name) is None else "; comes with weights"
+        operators = ", ".join(info.operators)
+        table.add_row(info.name, info.source, _parameters(info), operators, info.checkpoint + shipped)
     console.print(table, markup=False, highlight=False)
 
 

@@ -3,29 +3,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, cast
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from vosops.data import open_frames, read_mask
-from vosops.memory import Bounded, ByteBudget, Policy
-from vosops.models import MODELS, SessionSettings, load
-from vosops.models.registry import find
-from vosops.propagate.augment import AugmentedSegmenter
-from vosops.propagate.label_propagator import LabelPropagator, PropagationSettings
-from vosops.propagate.run import RunError, Summary, VideoSegmenter, segment_video
-from vosops.propagate.tracker import Tracker
+from vosops.data import object_ids, open_frames, read_mask
+from vosops.models import MODELS
+from vosops.models.registry import default_model
+from vosops.propagate.label_propagator import PropagationSettings
+from vosops.propagate.probabilities import SavingSegmenter
+from vosops.propagate.run import RunError, Summary, segment_video
+from vosops.recipes import Member, Memory, Pipeline, Recipe, Refinement, load_recipe, parse_tta
+from vosops.recipes.pipeline import PROBABILITIES
+from vosops.recipes.recipe import PROPAGATE
 
 _DEFAULTS = PropagationSettings()
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -46,6 +43,18 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Refine(StrEnum):
+    """What `--refine` takes; refiners with weights of your own go into a recipe."""
+
+    boundary = "boundary"
+
+
+class Zoom(StrEnum):
+    """What `--zoom` takes."""
+
+    small = "small"
+
+
 def segment(
     video: Annotated[
         Path, typer.Argument(metavar="INPUT", help="Folder of frames (jpg, png) or a video file.")
@@ -62,11 +71,13 @@ def segment(
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"Follow objects with a model ({', '.join(MODELS)}), not with training-free propagation."
+            help=f"What follows the objects: {', '.join(MODELS)}, or {PROPAGATE} for training-free "
+            "propagation. (default: a model whose weights are shipped)"
         ),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Checkpoint of --model (.pth, .pt, .safetensors).")
+        Path | None,
+        typer.Option(help="Checkpoint of --model (.pth, .pt, .safetensors). (default: the shipped one)"),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the model's convolutions. (default float32)")
@@ -84,6 +95,10 @@ def segment(
     memory_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes of memory, as 512MB or 2GiB.")
     ] = None,
+    memory_balanced: Annotated[
+        bool,
+        typer.Option("--memory-balanced", help="Spread --memory-frames over the video and its motion."),
+    ] = False,
     memory_dtype: Annotated[
         MemoryDtype | None, typer.Option(help="Storage of the propagation's memory. (default float32)")
     ] = None,
@@ -103,14 +118,28 @@ def segment(
     feature_weights: Annotated[
         Path | None, typer.Option(help="Weight file of the backbone of --features (.safetensors, .pth).")
     ] = None,
-    scales: Annotated[
+    tta: Annotated[
         str | None,
         typer.Option(
-            metavar="FACTORS",
-            help="Segment at several sizes and average, as 1.0,1.25: of the frame's sides. (default 1.0)",
+            metavar="LIST",
+            help="Segment mirrored and at other sizes as well, and average: flip and factors on the frame's "
+            "sides, as flip,1.0,1.2.",
         ),
     ] = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Segment mirrored as well, and average.")] = False,
+    ensemble: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="A recipe's YAML file, in place of --model and its options."),
+    ] = None,
+    refine: Annotated[
+        Refine | None, typer.Option(help="Correct the masks along their boundaries, patch by patch.")
+    ] = None,
+    zoom: Annotated[
+        Zoom | None, typer.Option(help="Segment objects that are small once more, in an enlarged crop.")
+    ] = None,
+    save_probabilities: Annotated[
+        bool,
+        typer.Option("--save-probabilities", help="Write probabilities/ as well, for ensembles to read."),
+    ] = False,
     no_overlay: Annotated[
         bool, typer.Option("--no-overlay", help="Write masks only: no overlay.mp4, no contact_sheet.png.")
     ] = False,
@@ -118,42 +147,54 @@ def segment(
     """Segment a video from the mask of its first frame.
 
     Writes one indexed PNG per frame as soon as it is known. A run that was stopped goes on with --resume.
-    Of two defaults the first is the propagation's, the second that of a --model. --scales and --flip work
-    with both; each costs a run of its own.
+    Of two defaults the first is the propagation's, the second that of a model. --tta, --refine, --zoom,
+    --max-size and the --memory options also change what the recipe of --ensemble says.
 
     Exit code 0: done; 1: stopped in the middle, what was written stays; 2: nothing was done.
     """
     console = Console(stderr=True, soft_wrap=True)
     try:
-        options: dict[str, Any] = {
-            "memory_frames": memory_frames,
-            "memory_every": memory_every,
-            "memory_bytes": None if memory_bytes is None else _parse_bytes(memory_bytes),
-            "top_k": top_k,
-        }
-        if model is None:
-            _refuse("a --model", weights=weights, dtype=dtype)
-            options |= {
-                "memory_dtype": None if memory_dtype is None else getattr(torch, memory_dtype.value),
-                "features": features,
-                "feature_weights": feature_weights,
-            }
-            prepare = partial(_propagation, {k: v for k, v in options.items() if v is not None})
+        size = None if memory_bytes is None else _parse_bytes(memory_bytes)
+        memory = {"every": memory_every, "frames": memory_frames, "bytes": size}
+        memory = {name: value for name, value in memory.items() if value is not None}
+        if memory_balanced:
+            memory["balanced"] = True
+        if ensemble is None:
+            options = {"memory_dtype": memory_dtype, "features": features, "feature_weights": feature_weights}
+            member = _member(model or default_model(), weights, dtype, top_k, options)
+            recipe = Recipe((member,), memory=_remember(Memory(), memory))
         else:
             _refuse(
-                "the training-free propagation (no --model)",
+                "a single --model; write them into the file of --ensemble",
+                model=model,
+                weights=weights,
+                dtype=dtype,
                 memory_dtype=memory_dtype,
+                top_k=top_k,
                 features=features,
                 feature_weights=feature_weights,
             )
-            prepare = partial(_tracking, model, weights, dtype or Dtype.float32, options)
-        factors = (1.0,) if scales is None else _parse_scales(scales)
+            recipe = load_recipe(ensemble)
+            recipe = replace(recipe, memory=_remember(recipe.memory, memory))
+        if tta is not None:
+            parse_tta(tta)
+            members = tuple(replace(member, tta=None) for member in recipe.members)
+            recipe = replace(recipe, members=members, tta=tuple(part.strip() for part in tta.split(",")))
+        if refine is not None:
+            recipe = replace(recipe, refine=Refinement("boundary"))
+        if zoom is not None:
+            recipe = replace(recipe, zoom="small")
+        if max_size is not None:
+            recipe = replace(recipe, max_size=max_size)
         source = open_frames(video)
         labels, palette = read_mask(mask, source.size)
-        make, identity = prepare()
-        augmented = flip or factors != (1.0,)
-        segmenter = AugmentedSegmenter(make, factors, flip) if augmented else make()
-        identity |= {"scales": list(factors), "flip": flip}
+        pipeline = Pipeline(recipe)
+        note = pipeline.describe(source.size, len(object_ids(labels)), source.length)
+        if note is not None:
+            console.print(note, highlight=False)
+        segmenter = pipeline()
+        if save_probabilities:
+            segmenter = SavingSegmenter(segmenter, out / PROBABILITIES, pipeline.settings)
         with _FrameProgress(console) as progress:
             summary = segment_video(
                 segmenter,
@@ -162,9 +203,9 @@ def segment(
                 out,
                 palette=palette,
                 resume=resume,
-                max_size=max_size,
+                max_size=recipe.max_size,
                 write_overlay=not no_overlay,
-                settings=identity,
+                settings=pipeline.settings,
                 on_progress=progress.on_progress,
             )
     except RunError as error:
@@ -176,44 +217,32 @@ def segment(
     typer.echo(_report(summary))
 
 
+def _member(
+    name: str, weights: Path | None, dtype: Dtype | None, top_k: int | None, options: dict[str, Any]
+) -> Member:
+    """The only member of a recipe, from the options of the command line."""
+    if name == PROPAGATE:
+        _refuse(f"a --model other than {PROPAGATE}", weights=weights, dtype=dtype)
+    else:
+        _refuse(f"the training-free propagation (--model {PROPAGATE})", **options)
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    kind = cast(Literal["float32", "bfloat16", "float16"], str(dtype or Dtype.float32))
+    return Member(name, weights, given, dtype=kind, top_k=top_k)
+
+
+def _remember(memory: Memory, options: dict[str, Any]) -> Memory:
+    """The memory of a recipe with the options of the command line over it."""
+    try:
+        return replace(memory, **options)
+    except ValueError as error:
+        raise ValueError(f"memory_{error}") from error  # it begins with the field's name
+
+
 def _refuse(method: str, **options: object) -> None:
     """Options of another method than the one chosen are an error, not silently unused."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: only for {method}")
-
-
-def _propagation(options: dict[str, Any]) -> tuple[Callable[[], VideoSegmenter], dict[str, Any]]:
-    """What makes the training-free propagator, and what a resumed run must repeat."""
-    settings = PropagationSettings(**options)
-    values = asdict(settings) | {"memory_dtype": str(settings.memory_dtype).removeprefix("torch.")}
-    if settings.feature_weights is not None:
-        values["feature_weights"] = _digest(Path(settings.feature_weights))
-    return partial(LabelPropagator, settings), values
-
-
-def _tracking(
-    name: str, weights: Path | None, dtype: Dtype, options: dict[str, Any]
-) -> tuple[Callable[[], VideoSegmenter], dict[str, Any]]:
-    """What makes a tracker with a published model, and what a resumed run must repeat."""
-    find(name)
-    if weights is None:
-        raise ValueError(f"--model {name} needs its checkpoint: --weights FILE")
-    frames, size = options["memory_frames"], options["memory_bytes"]
-    if frames is not None and frames < 1:
-        raise ValueError(f"memory_frames must be at least 1, got {frames}")
-    policy: Policy | None = None if frames is None else Bounded(1 + frames)
-    if size is not None:
-        policy = ByteBudget(size) if policy is None else ByteBudget(size, policy)
-    settings = SessionSettings(memory_every=options["memory_every"], policy=policy, top_k=options["top_k"])
-    make = partial(Tracker, load(name, weights), settings, dtype=getattr(torch, dtype.value))
-    return make, {"model": name, "weights": _digest(weights), "dtype": dtype.value, **options}
-
-
-def _digest(path: Path) -> str:
-    """Weights count by content, wherever the file lies."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _FrameProgress:
@@ -250,13 +279,6 @@ def _parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"--memory-bytes must be a size such as 512MB or 2GiB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def _parse_scales(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(factor) for factor in text.split(","))
-    except ValueError:
-        raise ValueError(f"--scales must be numbers joined by commas, as 1.0,1.25; got {text!r}") from None
 
 
 def _report(summary: Summary) -> str:

@@ -3,9 +3,10 @@
 
 from .bank import MemoryBank, MemoryGroup
 from .long_term import LongTerm, LongTermMemory
-from .policies import Bounded, ByteBudget, EveryNth, Policy, SharedPolicy
+from .policies import Balanced, Bounded, ByteBudget, EveryNth, Policy, SharedPolicy, ThinningPolicy
 
 __all__ = [
+    "Balanced",
     "Bounded",
     "ByteBudget",
     "EveryNth",
@@ -15,4 +16,5 @@ __all__ = [
     "MemoryGroup",
     "Policy",
     "SharedPolicy",
+    "ThinningPolicy",
 ]

@@ -15,7 +15,7 @@ from vosops.ops.memory_read import memory_read
 from vosops.ops.priors import Prior
 
 from .checks import FrameShape, check_frame, check_ids, check_leaving, check_present, check_read, slice_prior
-from .policies import Policy, oldest
+from .policies import Policy, oldest, thinning
 from .storage import SlotTensor
 
 
@@ -54,16 +54,16 @@ class MemoryBank:
     values of its own, and frames from before never match for it.
 
     The order of slots is the order of `frames`, and of T in every view. It is the order of time only as
-    long as no slot but the last was overwritten (EveryNth never does; Bounded and ByteBudget do once they
-    are full). Whatever a caller adds per memory position has that order too: `CenterPrior` centres
-    (1, T, H, W, 2), a sigma (1, T, H, W), a memory mask (B, T, H, W) are built by going over `frames`.
+    long as no slot but the last was overwritten (EveryNth never does; the others do once they are full).
+    Whatever a caller adds per memory position has that order too: `CenterPrior` centres (1, T, H, W, 2), a
+    sigma (1, T, H, W), a memory mask (B, T, H, W) are built by going over `frames`.
 
     Gradients: the storage is detached, so no gradient reaches an appended key or value; a read is
     differentiable with respect to its query. Run backward before the next append, which writes to the
     storage that backward reads (torch raises an error otherwise).
 
     Args:
-        policy: what to keep: EveryNth, Bounded, ByteBudget or any `Policy`.
+        policy: what to keep: EveryNth, Bounded, ByteBudget, Balanced or any `Policy`.
         key_dtype: storage dtype of the keys; bfloat16 halves float32.
         value_dtype: storage dtype of the values.
 
@@ -105,6 +105,7 @@ class MemoryBank:
     def _clear(self) -> None:
         self._frames: list[int] = []
         self._lasting: set[int] = set()
+        self._travelled: dict[int, float] = {}  # per frame held, measured under a ThinningPolicy alone
         self._groups: list[_Group] = []
         self._shape: FrameShape | None = None
         self._key: SlotTensor | None = None
@@ -189,9 +190,10 @@ class MemoryBank:
         limit = self._limit(shape, len(ids))
         # Storage made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
+            travelled = 0.0 if thinning(self.policy) is None else self._measure(key)
             if limit is not None and len(self) > limit:
-                self._keep_newest(limit)
-            used, slot = len(self), self._slot(frame_index, limit)
+                self._shrink(limit, frame_index, travelled)
+            used, slot = len(self), self._slot(frame_index, travelled, limit)
             keys = self._key or _slots(shape, shape.key_channels, self.key_dtype, 0, limit)
             shrinkages = self._shrinkage
             if shrinkages is None and shrinkage is not None:
@@ -212,6 +214,8 @@ class MemoryBank:
         self._shape, self._key, self._shrinkage, self._groups = shape, keys, shrinkages, groups
         self._frames[slot : slot + 1] = [frame_index]
         self._lasting = {frame for frame in self._lasting if frame in self._frames}
+        self._travelled = {frame: self._travelled.get(frame, 0.0) for frame in self._frames}
+        self._travelled[frame_index] = travelled
         if lasting:
             self._lasting.add(frame_index)
         self.bytes_copied += copied
@@ -322,6 +326,7 @@ class MemoryBank:
             "bytes_copied": self.bytes_copied,
             "frames": list(self._frames),
             "lasting": sorted(self._lasting),
+            "travelled": [self._travelled[frame] for frame in self._frames],
             "key": None if self._key is None else self._key.view(0, used).clone(),
             "shrinkage": None if self._shrinkage is None else self._shrinkage.view(0, used).clone(),
             "groups": [
@@ -350,11 +355,12 @@ class MemoryBank:
                 raise ValueError(f"state was saved with {name} {state[name]}, this memory has {expected}")
         frames, key, shrinkage = list(state["frames"]), state["key"], state["shrinkage"]
         groups, copied, lasting = state["groups"], state["bytes_copied"], set(state["lasting"])
+        travelled = dict(zip(frames, state["travelled"], strict=True))
         self._clear()
         self.bytes_copied = copied
         if not frames:
             return
-        self._frames, self._lasting = frames, lasting
+        self._frames, self._lasting, self._travelled = frames, lasting, travelled
         batch, channels, _, height, width = key.shape
         objects = sum(len(group["object_ids"]) for group in groups)
         value_channels = groups[0]["value"].shape[1] // len(groups[0]["object_ids"])
@@ -393,7 +399,7 @@ class MemoryBank:
             )
         return limit
 
-    def _slot(self, frame: int, limit: int | None) -> int:
+    def _slot(self, frame: int, travelled: float, limit: int | None) -> int:
         """The slot that a new frame goes to."""
         if not self._frames:
             return 0
@@ -401,22 +407,42 @@ class MemoryBank:
         slot = self.policy.slot(frame, self.frames, entries)
         if not 0 <= slot <= len(self):
             raise ValueError(f"policy {self.policy} chose slot {slot} of {len(self)} for frame {frame}")
-        return oldest(self._frames, entries) if slot == limit else slot
+        return self._give_up(self._frames, frame, travelled) if slot == limit else slot
+
+    def _give_up(self, frames: Sequence[int], new: int, travelled: float) -> int:
+        """The slot of `frames` that a full memory gives up for a new one."""
+        entries, thins = self._entries(), thinning(self.policy)
+        if thins is None:
+            return oldest(frames, entries)
+        path = [*(self._travelled[frame] for frame in frames), travelled]
+        return thins.give_up([*frames, new], entries, path)
+
+    def _measure(self, key: Tensor) -> float:
+        """How far the keys have moved since the memory's first frame, as `ThinningPolicy` says."""
+        if self._key is None:
+            return 0.0
+        newest = max(range(len(self)), key=self._frames.__getitem__)
+        before = self._key.view(0, len(self))[:, :, newest].float()
+        length = (key.float().square().sum() + before.square().sum()) / 2
+        change = (key.float() - before).square().sum() / length.clamp(min=torch.finfo(torch.float32).tiny)
+        return self._travelled[self._frames[newest]] + float(change.sqrt())
 
     def _entries(self) -> set[int]:
         """Frames that are given up last."""
         return self._lasting | {group.start for group in self._groups}
 
-    def _keep_newest(self, count: int) -> None:
-        frames, entries = list(self._frames), self._entries()
+    def _shrink(self, count: int, new: int, travelled: float) -> None:
+        """Give up frames until `count` are left."""
+        frames = list(self._frames)
         while len(frames) > count:
-            del frames[oldest(frames, entries)]
+            del frames[self._give_up(frames, new, travelled)]
         self._keep([slot for slot, frame in enumerate(self._frames) if frame in frames])
 
     def _keep(self, slots: list[int]) -> None:
         """Drop all slots but `slots`, ascending; the next append allocates what the policy allows."""
         self.bytes_copied += sum(tensor.keep(slots) for tensor in self._tensors())
         self._frames = [self._frames[slot] for slot in slots]
+        self._travelled = {frame: self._travelled[frame] for frame in self._frames}
 
     def _view(self, group: _Group) -> MemoryGroup:
         assert self._key is not None

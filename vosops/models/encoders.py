@@ -80,9 +80,13 @@ class ResNetTrunk(nn.Module):
         """Normalised images (B, in_channels, H, W) to their Pyramid."""
         return self.from_stem(self.conv1(x))
 
+    def pool(self, stem: Tensor) -> Tensor:
+        """conv1's output (B, 64, H/2, W/2), normalised and max-pooled: (B, 64, H/4, W/4)."""
+        return F.max_pool2d(F.relu(self.bn1(stem)), 3, stride=2, padding=1)
+
     def from_stem(self, stem: Tensor) -> Pyramid:
         """The Pyramid from conv1's output (B, 64, H/2, W/2), before bn1; STM adds mask terms to it."""
-        x = F.max_pool2d(F.relu(self.bn1(stem)), 3, stride=2, padding=1)
+        x = self.pool(stem)
         maps = []
         for name in self.stages:
             x = self.get_submodule(name)(x)

@@ -192,17 +192,17 @@ def create(name: str, **options: Any) -> VideoModel:
     return find(name).build(**options).eval()
 
 
-def load(name: str, path: str | Path, **options: Any) -> VideoModel:
-    """A model with the weights of a published file, in evaluation mode.
+def load(name: str, path: str | Path | None = None, **options: Any) -> VideoModel:
+    """A model with the weights of a file, in evaluation mode.
 
     Args:
         name: of `MODELS`.
-        path: .pth, .pt or .safetensors, as `read_state_dict` takes them. Dimensions that a model's files
-            differ in (XMem) are taken from the weights.
+        path: .pth, .pt or .safetensors, as `read_state_dict` takes them; by default the weights that come
+            with the package. Dimensions that a model's files differ in (XMem) are taken from the weights.
         options: of its constructor.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or none of its weights come with the package.
         FileNotFoundError: no such file.
         CheckpointError: the file is no checkpoint, or does not fit: names every entry that is missing,
             unexpected or of another shape, and the model that the file looks like.
@@ -211,10 +211,25 @@ def load(name: str, path: str | Path, **options: Any) -> VideoModel:
         Cost: the file is read once into memory beside the model.
     """
     info = find(name)
+    path = path or shipped_weights(name)
+    if path is None:
+        shipped = ", ".join(model for model in MODELS if shipped_weights(model)) or "no model"
+        raise ValueError(f"path must name a checkpoint of {name}: weights come with {shipped} only")
     state = read_state_dict(path)
     model = info.build(state, **options)
     load_weights(model, state, name=name, file=Path(path).name)
     return model.eval()
+
+
+def shipped_weights(name: str) -> Path | None:
+    """The weights of a model that come with the package; None where the project has trained none."""
+    path = Path(__file__).parent.parent / "weights" / f"{name}.safetensors"
+    return path if path.is_file() else None
+
+
+def default_model() -> str:
+    """What segments where no model is named: one with shipped weights, "propagate" without any."""
+    return "propagate" if shipped_weights("stcn_tiny") is None else "stcn_tiny"
 
 
 def find(name: str) -> ModelInfo:

@@ -137,9 +137,9 @@ class STCN(VideoModel):
         """Makes the networks."""
         self.key_encoder: nn.Module = ResNetTrunk()
         self.value_encoder: nn.Module = ValueEncoder()
-        self.key_proj = KeyProjection()
+        self.key_proj: nn.Module = KeyProjection()
         self.key_comp = nn.Conv2d(1024, 512, 3, padding=1)
-        self.decoder = Decoder()
+        self.decoder: nn.Module = Decoder()
 
     def prepare(self, frame: Tensor) -> Tensor:
         """Normalised, then zero-padded."""

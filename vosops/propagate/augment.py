@@ -93,22 +93,7 @@ class AugmentedSegmenter:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
     ) -> None:
-        if not callable(make_segmenter):
-            raise TypeError(f"make_segmenter must be a function, got {type(make_segmenter).__name__}")
-        if not isinstance(flip, bool):
-            raise TypeError(f"flip must be a bool, got {type(flip).__name__}")
-        if isinstance(scales, str) or not isinstance(scales, Sequence):
-            raise TypeError(f"scales must be a sequence of numbers, got {type(scales).__name__}")
-        for scale in scales:
-            if isinstance(scale, bool) or not isinstance(scale, int | float):
-                raise TypeError(f"scales must be numbers, got {scale!r}")
-        if not scales or len(set(scales)) < len(scales):
-            raise ValueError(f"scales must be one or more distinct numbers, got {list(scales)}")
-        if not all(math.isfinite(scale) and scale > 0 for scale in scales):
-            raise ValueError(f"scales must be finite and above 0, got {list(scales)}")
-        self._variants = [
-            _Variant(float(s), mirrored) for s in scales for mirrored in (False, True)[: 1 + flip]
-        ]
+        self._variants = _variants(make_segmenter, scales, flip)
         self._segmenters: list[Any] = [make_segmenter() for _ in self._variants]
         if len({id(segmenter) for segmenter in self._segmenters}) < len(self._segmenters):
             raise ValueError("make_segmenter must make a new segmenter at every call, got the same one twice")
@@ -220,14 +205,7 @@ class AugmentedSegmenter:
                 )
 
     def _check_frame(self, frame: object) -> tuple[int, int]:
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
-            got = str(frame.dtype) if isinstance(frame, np.ndarray) else type(frame).__name__
-            raise TypeError(f"frame must be an array (H, W, 3) uint8 RGB, got {got}")
-        if frame.ndim != 3 or frame.shape[2] != 3:
-            raise ValueError(f"frame must have shape (H, W, 3), RGB, got {list(frame.shape)}")
-        size = (frame.shape[0], frame.shape[1])
-        if self._size is not None and size != self._size:
-            raise ValueError(f"frame must have the first frame's size {list(self._size)}, got {list(size)}")
+        size = check_frame(frame, self._size)
         least = min(min(variant.size(size)) for variant in self._variants)
         if least < _SMALLEST:
             raise ValueError(
@@ -237,5 +215,116 @@ class AugmentedSegmenter:
         return size
 
 
+def check_frame(frame: object, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The size (H, W) of a frame.
+
+    Args:
+        frame: to be (H, W, 3) uint8 RGB.
+        size: of the first frame, None if there is none yet.
+
+    Raises:
+        TypeError, ValueError: it is none, or of another size than the first.
+    """
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
+        got = str(frame.dtype) if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise TypeError(f"frame must be an array (H, W, 3) uint8 RGB, got {got}")
+    if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise ValueError(f"frame must have shape (H, W, 3), RGB, got {list(frame.shape)}")
+    if size is not None and frame.shape[:2] != size:
+        raise ValueError(f"frame must have the first frame's size {list(size)}, got {list(frame.shape[:2])}")
+    return frame.shape[0], frame.shape[1]
+
+
 def _object_ids(mask: NDArray[Any]) -> set[int]:
     return {int(i) for i in np.unique(mask)} - {0, _VOID}
+
+
+def _variants(make_segmenter: object, scales: object, flip: object) -> list[_Variant]:
+    """The ways to look at a video, of arguments that are checked here."""
+    if not callable(make_segmenter):
+        raise TypeError(f"make_segmenter must be a function, got {type(make_segmenter).__name__}")
+    if not isinstance(flip, bool):
+        raise TypeError(f"flip must be a bool, got {type(flip).__name__}")
+    if isinstance(scales, str) or not isinstance(scales, Sequence):
+        raise TypeError(f"scales must be a sequence of numbers, got {type(scales).__name__}")
+    for scale in scales:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scales must be numbers, got {scale!r}")
+    if not scales or len(set(scales)) < len(scales):
+        raise ValueError(f"scales must be one or more distinct numbers, got {list(scales)}")
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise ValueError(f"scales must be finite and above 0, got {list(scales)}")
+    return [_Variant(float(s), mirrored) for s in scales for mirrored in (False, True)[: 1 + flip]]
+
+
+def estimate_memory(
+    make_segmenter: Callable[[], VideoSegmenter],
+    size: tuple[int, int],
+    objects: int,
+    frames: int,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> int:
+    """Bytes of memory that a segmenter, at every scale and mirrored, will have allocated after a video.
+
+    What counts is `memory_nbytes`: what is kept of past frames, not weights, nor what a frame needs while it
+    is worked on. What frames take is measured on two of the true size, how that grows on two videos of the
+    true length in miniature, whatever the model and its policy.
+
+    Args:
+        make_segmenter, scales, flip: as `AugmentedSegmenter` takes them.
+        size: (H, W) of the frames, pixels.
+        objects: in the first frame's mask, at least 1; later ones are not foreseen.
+        frames: of the video, at least 2.
+
+    Returns:
+        The bytes of all variants together. Exact for memories in proportion to the number of positions, with
+        or without a limit; XMem's long-term memory fills as the video goes, and its estimate is rough.
+
+    Raises:
+        TypeError, ValueError: a bad argument; a segmenter that does not tell its memory, or refuses frames.
+
+    Note:
+        Cost: two frames at every scale, and `frames` frames of 64x64 pixels, and of 96x96 where memory grows
+        (for up to 63 objects; more make the miniatures larger).
+    """
+    for name, value, low in (("objects", objects, 1), ("frames", frames, 2)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+    variants = _variants(make_segmenter, scales, flip)
+    begun = {
+        scale: _allocated(make_segmenter, _Variant(scale, False).size(size), objects, 2)[0]
+        for scale in dict.fromkeys(variant.scale for variant in variants)
+    }
+    at_first = sum(begun[variant.scale] for variant in variants)
+    side = 32 * max(2, math.ceil((objects + 1) ** 0.5 / 4))
+    first, last = _allocated(make_segmenter, (side, side), objects, frames)
+    if first == last:
+        return at_first
+    # Memory in use is linear in the number of positions, and so is what was allocated with the first frames.
+    larger_first, larger_last = _allocated(make_segmenter, (3 * side // 2, 3 * side // 2), objects, frames)
+    growth = (larger_last - last) / (larger_first - first)
+    return round(growth * at_first + len(variants) * (last - growth * first))
+
+
+def _allocated(
+    make_segmenter: Callable[[], VideoSegmenter], size: tuple[int, int], objects: int, frames: int
+) -> tuple[int, int]:
+    """Bytes of memory after the second and after the last frame of a video of noise."""
+    segmenter: Any = make_segmenter()
+    if not hasattr(segmenter, "memory_nbytes"):
+        raise TypeError(f"{type(segmenter).__name__} does not tell its memory (memory_nbytes)")
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    # Objects as fields of a chessboard, the last field background.
+    fields = math.ceil((objects + 1) ** 0.5)
+    rows, columns = (np.arange(side) * fields // side for side in size)
+    number = rows[:, None] * fields + columns
+    segmenter.add(frame, np.where(number < objects, number + 1, 0).astype(np.int64))
+    segmenter.step(np.roll(frame, 1, 0))
+    begun = int(segmenter.memory_nbytes)
+    for shift in range(2, frames):
+        segmenter.step(np.roll(frame, shift, 0))
+    return begun, int(segmenter.memory_nbytes)

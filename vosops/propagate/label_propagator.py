@@ -20,6 +20,7 @@ from vosops.ops.memory_read import memory_read
 from vosops.ops.priors import CenterPrior
 
 from .features import KeyProjection, make_features
+from .probabilities import with_background
 from .tracker import check_labels
 
 Frame = NDArray[np.uint8]
@@ -222,7 +223,7 @@ class LabelPropagator:
         fine = self._read(key)  # [O, h * side, w * side]
         size = (frame.shape[0], frame.shape[1])
         objects = functional.interpolate(fine[None], size, mode="bilinear", align_corners=False)[0]
-        probabilities = _with_background(objects)
+        probabilities = with_background(objects.clamp(0, 1))
         kept = probabilities[1:].clone()  # the caller may write to the result
         labels = dict(zip(self._object_ids, kept.unbind(0), strict=True))
         self._index += 1
@@ -371,12 +372,3 @@ def _positions(rows: slice, columns: slice, top: int, left: int) -> Tensor:
         torch.arange(columns.start - left, columns.stop - left, dtype=torch.float32),
     )
     return torch.stack(torch.meshgrid(*grid, indexing="ij"), -1)
-
-
-def _with_background(objects: Tensor) -> Tensor:
-    """Objects (O, H, W) that were read one by one, as probabilities (1 + O, H, W) that sum to 1."""
-    objects = objects.clamp(0, 1)
-    total = objects.sum(0, keepdim=True)
-    # Groups of objects are read apart, so their sum may pass 1 where they meet.
-    objects = objects / total.clamp(min=1)
-    return torch.cat((1 - objects.sum(0, keepdim=True), objects)).clamp(min=0)

@@ -31,7 +31,7 @@ class ModelConfig:
     """What is trained.
 
     Attributes:
-        name: of `vosops.models.MODELS`.
+        name: of `vosops.models.MODELS`, or boundary_refiner.
         options: of its constructor.
         weights: a checkpoint of this model to start from, as the run of the stage before wrote it.
         encoder_weights: an ImageNet file to start the MobileNetV2 encoder from (`load_mobilenet`).

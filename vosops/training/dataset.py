@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 
 from .clips import Clip, DataError, first_frame_objects
 from .merge import merge_clips
+from .refine import PatchSource
 from .sources import MIN_PIXELS, Phase, Sample, Source
 from .static import StaticSource
 from .transforms import hide
@@ -42,6 +43,9 @@ class SourceConfig:
         ratio: of this source's clips to the others'.
         max_gap: greatest distance of two successive frames of a clip, in annotated frames; videos only.
         sequences: a list under `ImageSets`, as "2017/train.txt"; all annotated sequences without one.
+        only, without: names of sequences, of those listed, to take and to leave out; videos only.
+        predictions: folders of masks <sequence>/<frame>.png that models predicted, for `patches` alone;
+            relative ones start at `train_data_root()`.
     """
 
     layout: Layout
@@ -49,6 +53,9 @@ class SourceConfig:
     ratio: float = 1.0
     max_gap: int = 5
     sequences: str | None = None
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    predictions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
@@ -65,6 +72,8 @@ class DataConfig:
 
     Attributes:
         sources: at least one; mappings, as YAML gives them, become SourceConfig.
+        patches: clips are patches of one frame with a degraded mask and the true one (`PatchSource`), which a
+            boundary refiner is trained on.
         clips_per_epoch: length of the data set; clips are random, so an epoch is only a unit of counting.
         merge: probability that the objects of a second clip are pasted into a clip.
         distract: probability that a random number of the objects is asked for, from one to all allowed; the
@@ -76,6 +85,7 @@ class DataConfig:
     """
 
     sources: tuple[SourceConfig, ...]
+    patches: bool = False
     clips_per_epoch: int = 1000
     merge: float = 0.5
     distract: float = 0.2
@@ -89,6 +99,10 @@ class DataConfig:
         object.__setattr__(self, "sources", sources)
         if not sources:
             raise ValueError("sources must name at least one data set, got none")
+        if self.patches and self.merge:
+            raise ValueError(f"merge must be 0 where clips are patches, got {self.merge}")
+        if not self.patches and any(source.predictions for source in sources):
+            raise ValueError("predictions of a source are for patches: true alone")
         if self.clips_per_epoch < 1:
             raise ValueError(f"clips_per_epoch must be at least 1, got {self.clips_per_epoch}")
         if self.colour not in get_args(Colour):
@@ -135,7 +149,7 @@ class ClipDataset(Dataset[Clip]):
                 raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
         self.config, self.frames, self.crop = config, frames, crop
         self.max_objects, self.seed = max_objects, seed
-        self.sources = [open_source(source) for source in config.sources]
+        self.sources = [open_source(source, config.patches) for source in config.sources]
         ratios = np.array([source.ratio for source in config.sources])
         self._shares = ratios / ratios.sum()
         self._state = torch.zeros(2, dtype=torch.float64).share_memory_()  # epoch, progress
@@ -218,8 +232,8 @@ def build_dataset(config: DataConfig, *, frames: int, crop: int, max_objects: in
     return ClipDataset(config, frames=frames, crop=crop, max_objects=max_objects, seed=seed)
 
 
-def open_source(config: SourceConfig) -> Source:
-    """The source that a configuration names.
+def open_source(config: SourceConfig, patches: bool = False) -> Source:
+    """The source that a configuration names, or the patches of its frames.
 
     Raises:
         DataError: it cannot be used; names the file or folder.
@@ -227,9 +241,20 @@ def open_source(config: SourceConfig) -> Source:
     root = train_data_root() / config.path
     if not root.is_dir():
         raise DataError(f"{root}: no such folder of training data (VOSOPS_TRAIN_DATA is where paths start)")
+    source: StaticSource | VideoSource
     if config.layout == "regions" or config.layout == "saliency":
-        return StaticSource(root, config.layout)
-    return VideoSource(find_sequences(root, config.layout, config.sequences), config.max_gap)
+        source = StaticSource(root, config.layout)
+    else:
+        sequences = find_sequences(root, config.layout, config.sequences)
+        names = {sequence.name for sequence in sequences}
+        for name in (*config.only, *config.without):
+            if name not in names:
+                raise DataError(f"{root}: has no sequence {name!r} to take or leave out")
+        taken = (set(config.only) or names) - set(config.without)
+        if not taken:
+            raise DataError(f"{root}: only and without leave no sequence")
+        source = VideoSource([s for s in sequences if s.name in taken], config.max_gap)
+    return PatchSource(source, [train_data_root() / p for p in config.predictions]) if patches else source
 
 
 def train_data_root() -> Path:

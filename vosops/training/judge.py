@@ -8,11 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vosops.data import davis_palette, overlay
 from vosops.evaluation import region_similarity
-from vosops.models import VideoModel
 
 from .clips import Clip
 from .config import HeldOutConfig
@@ -48,7 +47,7 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def score(self, model: VideoModel, state: Mapping[str, Tensor] | None, device: torch.device) -> float:
+    def score(self, model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device) -> float:
         """Mean J over objects, frames (but the first) and clips, in [0, 1].
 
         Args:
@@ -63,7 +62,7 @@ class HeldOut:
         return float(np.mean(scores))
 
     def _score(
-        self, model: VideoModel, state: Mapping[str, Tensor] | None, clip: Clip, device: torch.device
+        self, model: nn.Module, state: Mapping[str, Tensor] | None, clip: Clip, device: torch.device
     ) -> float:
         frames, labels = clip.frames[None].to(device), clip.labels[None].to(device)
         arguments = (frames, first_masks(labels, clip.objects))

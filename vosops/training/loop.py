@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from vosops.data.files import remove_leftovers, write_file
 from vosops.models import VideoModel
@@ -25,6 +25,8 @@ from vosops.models.aot import AOT, IDENTITIES, Supervision
 from vosops.models.checkpoint import load_weights, read_state_dict
 from vosops.models.registry import find
 from vosops.propagate.tracker import prefers_channels_last
+from vosops.refine.network import NAME as REFINER
+from vosops.refine.network import build_network
 
 from .batches import Batches
 from .checkpoint import (
@@ -66,16 +68,22 @@ class Outcome:
     weights: Path | None
 
 
-def build_model(config: TrainConfig) -> VideoModel:
+def build_model(config: TrainConfig) -> nn.Module:
     """The model of a run with the weights that it starts from, in training mode.
 
     Raises:
-        ConfigError: no such model, option or module to freeze.
+        ConfigError: no such model, option or module to freeze; a refiner without patches, or the reverse.
         FileNotFoundError, CheckpointError: of the weights.
     """
     settings = config.model
+    if (settings.name == REFINER) != config.data.patches:
+        raise ConfigError(f"data.patches must be true for {REFINER} and for no other model")
+    model: nn.Module
     try:
-        model = find(settings.name).build(**settings.options)
+        if settings.name == REFINER:
+            model = build_network(**settings.options)
+        else:
+            model = find(settings.name).build(**settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
     if settings.weights is not None:
@@ -91,8 +99,9 @@ def build_model(config: TrainConfig) -> VideoModel:
             raise ConfigError(f"model.freeze: there is no module {name!r}; there are {inside}") from error
     if isinstance(model, AOT) and config.max_objects > IDENTITIES:
         raise ConfigError(f"max_objects must be at most {IDENTITIES} for {settings.name}")
-    if not isinstance(model, AOT) and config.crop % model.stride:
-        raise ConfigError(f"crop must be a multiple of {model.stride} for {settings.name}, got {config.crop}")
+    stride = model.stride if isinstance(model, VideoModel) and not isinstance(model, AOT) else 1
+    if config.crop % stride:
+        raise ConfigError(f"crop must be a multiple of {stride} for {settings.name}, got {config.crop}")
     return model.train()
 
 
@@ -166,7 +175,7 @@ class _Run:
         held, self.held_out = config.held_out, None
         if held is not None and self.accelerator.is_main_process:
             self.held_out = HeldOut(held, crop=config.crop, max_objects=config.max_objects)
-        self.model: VideoModel = model
+        self.model: nn.Module = model
         self.average = None
         if config.optim.ema is not None and self.accelerator.is_main_process:
             self.average = WeightAverage(model, config.optim.ema, config.steps)

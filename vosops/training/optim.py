@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from .config import OptimConfig
 
 _ENCODERS = ("encoder.", "key_encoder.", "Encoder_Q.")
-_PROJECTIONS = ("key_encoder.lateral.", "key_encoder.top.")
+# New beside the pretrained maps. The rest of stcn_tiny's pyramid keeps to the encoder's rate, as it did when
+# the shipped weights were trained.
+_PROJECTIONS = ("key_encoder.top.",)
 _UNDECAYED = ("absolute_pos_embed", "relative_position_bias_table", "relative_emb_v", "conv_out")
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -11,24 +12,39 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from vosops.models.blocks import ResBlock
+from vosops.models.encoders import ResNetTrunk
+from vosops.models.stcn import STCN
 
 _BLOCKS = (BasicBlock, Bottleneck, InvertedResidual, ResBlock)
 
 
 def recompute_blocks(model: nn.Module) -> int:
-    """Makes every residual block of a model keep only its input for the backward pass.
+    """Makes a model keep only the inputs of its parts for the backward pass, and compute their inside again.
 
-    Results and gradients stay what they are. The model stays as it is otherwise: names, weights, inference.
+    Parts are the residual blocks and the stems of ResNets; of STCN, whose `forward` calls them for one frame
+    after the other, `encode_value` and `decode` as a whole. Results and gradients stay what they are. The
+    model stays as it is otherwise: names, weights, inference.
 
     Returns:
-        How many blocks there are; 0 for a model that has none of these kinds.
+        How many parts there are; 0 for a model that has none of these kinds.
 
     Note:
-        Cost: one more forward pass of these blocks, about a third of a step.
+        Cost: one more forward pass of these parts, about a third of a step.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
     """
-    blocks = [part for part in model.modules() if isinstance(part, _BLOCKS)]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    return len(blocks)
+    calls: list[tuple[Any, str]] = []
+    whole: list[nn.Module] = []
+    if isinstance(model, STCN):
+        calls += [(model, "encode_value"), (model, "decode")]
+        whole += [*model.value_encoder.modules(), *model.decoder.modules()]
+    for part in model.modules():
+        if any(part is inner for inner in whole):
+            continue
+        if isinstance(part, _BLOCKS):
+            calls.append((part, "forward"))
+        if isinstance(part, ResNetTrunk):
+            calls.append((part, "pool"))
+    for owner, name in calls:
+        setattr(owner, name, partial(checkpoint, getattr(owner, name), use_reentrant=False))
+    return len(calls)
