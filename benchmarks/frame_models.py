@@ -292,6 +292,7 @@ def _repeat(groups: list[dict[str, Any]], frames: int) -> None:
     """Makes the states of AOT's banks, of one frame, those of `frames` frames ever less like the first."""
     for saved in (state for group in groups for state in group["long"]):
         saved["frames"] = [number * MEMORY_EVERY for number in range(frames)]
+        saved["travelled"] = [0.0] * frames  # read by policies that thin alone
         for holder, name in ((saved, "key"), (saved["groups"][0], "value")):
             first = holder[name]
             parts = [first + 0.1 * number * first.std() * torch.randn_like(first) for number in range(frames)]
