@@ -7,6 +7,7 @@ import torch
 
 from tests.models.weights import fill
 from vosops.models import SessionSettings, create
+from vosops.models.stcn_tiny import MEMORY_FRAMES
 from vosops.propagate import Tracker
 
 
@@ -50,7 +51,20 @@ def test_frames_of_any_size(model, size):
         found = tracker.step(frame)
         assert found.shape == (2, *size)
         assert found.isfinite().all()
-    assert tracker._session._bank.groups[0].key.shape[-2:] == tuple(-(-side // 32) * 2 for side in size)
+    assert tracker._session._bank.groups[0].key.shape[-2:] == tuple(-(-side // 32) * 4 for side in size)
+
+
+def test_memory_is_bounded_and_holds_the_previous_frame(model):
+    frames = np.random.default_rng(2).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[5:20, 5:20] = 1
+    tracker = Tracker(model)
+    tracker.add(frames[0], mask)
+    for number, frame in enumerate(frames[1:], start=1):
+        tracker.step(frame)
+        held = tracker._session._bank.frames
+        assert {0, number - 1} <= set(held)
+        assert len(held) == min(number, 1 + (number - 1) // 5 + ((number - 1) % 5 > 0), MEMORY_FRAMES)
 
 
 def test_an_object_that_is_not_there_changes_nothing(model, clip):
