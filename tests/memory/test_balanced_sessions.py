@@ -2,24 +2,17 @@
 """`Balanced` as the policy of the models' sessions and of label propagation."""
 
 import io
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from vosops.memory import Balanced, ByteBudget, Policy
+from vosops.memory import Balanced, ByteBudget
 from vosops.models import SessionSettings, create
 from vosops.propagate import LabelPropagator, PropagationSettings, Tracker
 
 HELD = 4
-
-
-@dataclass(frozen=True)
-class BalancedPropagation(PropagationSettings):
-    def policy(self) -> Policy:
-        return Balanced(HELD)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +34,7 @@ def clip(frames):
 
 def make(name, model, policy):
     if name == "propagate":
-        return LabelPropagator(BalancedPropagation())
+        return LabelPropagator(PropagationSettings(memory_frames=HELD - 1, memory_balanced=True))
     return Tracker(model, SessionSettings(memory_every=1, policy=policy))
 
 

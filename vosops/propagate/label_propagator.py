@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vosops.memory import Bounded, ByteBudget, EveryNth, MemoryBank, MemoryGroup
+from vosops.memory import Balanced, Bounded, ByteBudget, EveryNth, MemoryBank, MemoryGroup
 from vosops.memory.policies import Policy
 from vosops.ops.memory_read import memory_read
 from vosops.ops.priors import CenterPrior
@@ -49,6 +49,8 @@ class PropagationSettings:
         memory_every: distance of those in frames; the previous frame is always among them.
         memory_bytes: most bytes of keys and values, None for what `memory_frames` takes.
         memory_dtype: storage dtype of keys and values: float32, bfloat16 or float16.
+        memory_balanced: `memory_frames` are spread over the video (`vosops.memory.Balanced`), instead of the
+            newest ones; memory_every does not count.
 
     Raises:
         TypeError, ValueError: an option out of its range, named.
@@ -67,6 +69,7 @@ class PropagationSettings:
     memory_every: int = 1
     memory_bytes: int | None = None
     memory_dtype: torch.dtype = torch.float32
+    memory_balanced: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, str):
@@ -95,12 +98,17 @@ class PropagationSettings:
                 raise ValueError(f"{name} must be finite and above 0, got {value}")
         if not 0 <= self.whitening <= 1:
             raise ValueError(f"whitening must lie in [0, 1], got {self.whitening}")
+        if not isinstance(self.memory_balanced, bool):
+            raise TypeError(f"memory_balanced must be a bool, got {type(self.memory_balanced).__name__}")
         if self.memory_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"memory_dtype must be float32, bfloat16 or float16, got {self.memory_dtype}")
 
     def policy(self) -> Policy:
         """What the memory keeps."""
-        policy: Policy = Bounded(1 + self.memory_frames, EveryNth(self.memory_every))
+        frames = 1 + self.memory_frames
+        policy: Policy = (
+            Balanced(frames) if self.memory_balanced else Bounded(frames, EveryNth(self.memory_every))
+        )
         return policy if self.memory_bytes is None else ByteBudget(self.memory_bytes, policy)
 
 

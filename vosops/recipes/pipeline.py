@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,15 +133,6 @@ class Pipeline:
         return _member(member, self.recipe.memory, device)
 
 
-@dataclass(frozen=True)
-class _BalancedPropagation(PropagationSettings):
-    """Propagation whose memory is spread over the video, in place of the newest frames."""
-
-    def policy(self) -> Policy:
-        policy: Policy = Balanced(1 + self.memory_frames)
-        return policy if self.memory_bytes is None else ByteBudget(self.memory_bytes, policy)
-
-
 def _in_member(recipe: Recipe, number: int, act: Callable[[], Any]) -> Any:
     """What `act` returns; its errors say which of several members is at fault."""
     try:
@@ -185,6 +175,7 @@ def _propagation(member: Member, memory: Memory) -> PropagationSettings:
         "memory_frames": memory.frames,
         "memory_every": memory.every,
         "memory_bytes": memory.bytes,
+        "memory_balanced": memory.balanced or None,
         "top_k": member.top_k,
     }
     twice = sorted(given.keys() & options.keys())
@@ -192,7 +183,7 @@ def _propagation(member: Member, memory: Memory) -> PropagationSettings:
         raise ValueError(f"options must not hold {', '.join(twice)}: the recipe has keys for that")
     options |= {name: value for name, value in given.items() if value is not None}
     try:
-        return (_BalancedPropagation if memory.balanced else PropagationSettings)(**options)
+        return PropagationSettings(**options)
     except TypeError as error:
         raise ValueError(f"options: {error}") from error
 
