@@ -34,6 +34,16 @@ def test_implementations_have_one_gradient():
             assert (theirs[key] - gradient).norm() <= 0.03 * gradient.norm() + 1e-5 * largest, (name, key)
 
 
+def test_measured_memory_and_its_documentation():
+    rows = {row["implementation"]: row for row in json.loads(train_step.RESULTS.read_text())["rows"]}
+    published = rows["published"]
+    assert (published["batch"], published["size"], published["frames"]) == (4, 384, 3)
+    assert rows["vosops_recompute"]["peak_bytes"] <= published["peak_bytes"] / 2
+    text = (train_step.RESULTS.parents[2] / "docs" / "training.md").read_text()
+    for row in rows.values():
+        assert f"| {row['ms'] / 1e3:.1f} | {row['peak_bytes'] / 2**20:.0f} |" in text
+
+
 def test_file(tmp_path, monkeypatch):
     def measured(name, batch, size, repeats, threads):
         return train_step.measure_one(name, batch, size, repeats)
