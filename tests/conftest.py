@@ -58,3 +58,12 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"real clips are absent (VOSOPS_DATA, {root.name})")
     return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Frames as small as those of tests gain nothing from more, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -15,12 +15,7 @@ from vosops.propagate import LabelPropagator, PropagationSettings, Tracker
 HELD = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clip(frames):

@@ -32,12 +32,7 @@ FINE = PropagationSettings(stride=3)  # for real clips reduced to a third of the
 SIZE = (48, 64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,7 @@ from vosops.propagate.motion import dense_flow, warp_back
 GRID = (20, 36)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Frames this small gain nothing from more, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ DATA = Path(os.environ.get("VOSOPS_DATA", "../shared/data"))
 SMALL = PropagationSettings(stride=8, sigma=4.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Frames this small gain nothing from more, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

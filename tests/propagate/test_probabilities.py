@@ -34,13 +34,7 @@ from vosops.propagate.probabilities import (
 )
 from vosops.propagate.run import VideoSegmenter, segment_video
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,7 @@ SIZE = (43, 61)  # no multiples of the stride
 COLOURS = {1: (250, 20, 20), 4: (20, 250, 20), 9: (20, 20, 250)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mask_of(number, ids):

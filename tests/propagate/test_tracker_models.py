@@ -12,12 +12,7 @@ from vosops.propagate import Tracker
 KEEP = {"gain": 1.0, "keep": [f"Encoder_{part}.{name}" for part in "MQ" for name in ("mean", "std")]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", list(KINDS))

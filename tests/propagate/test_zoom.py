@@ -19,13 +19,7 @@ SIZE = (240, 320)
 COLOURS = {1: (210, 60, 50), 2: (60, 200, 70), 3: (70, 80, 220)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Frames this small gain nothing from more, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Colours:

@@ -10,7 +10,6 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vosops.data.check import check_dataset
 from vosops.data.convert import ConvertError, convert
@@ -18,6 +17,8 @@ from vosops.data.convert_sources import vspw_videos, youtube_vis_videos
 from vosops.data.files import WriteError
 from vosops.data.layouts import LayoutError
 from vosops.data.rendered_clip import render_clip, write_clip
+
+from .progress import progress_bar
 
 data = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -44,7 +45,7 @@ def check(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        with _progress(errors) as progress:
+        with progress_bar(errors) as progress:
             task = progress.add_task("checked", total=None)
             report = check_dataset(
                 folder, lambda done, total: progress.update(task, completed=done, total=total)
@@ -74,7 +75,7 @@ def convert_command(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         videos = vspw_videos(source) if layout is Layout.vspw else youtube_vis_videos(source)
-        with _progress(errors) as progress:
+        with progress_bar(errors) as progress:
             task = progress.add_task("videos", total=len(videos))
             report = convert(videos, target, lambda done, total: progress.update(task, completed=done))
     except (ConvertError, WriteError, OSError) as error:
@@ -150,18 +151,6 @@ def show(
 
 def _count(number: int, noun: str) -> str:
     return f"{number or 'no'} {noun}{'s' * (number != 1)}"
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _fail(console: Console, command: str, error: Exception) -> NoReturn:

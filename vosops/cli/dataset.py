@@ -9,7 +9,6 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from vosops.data import object_ids, open_frames
@@ -22,6 +21,7 @@ from vosops.recipes import DatasetError, DatasetReport, Pipeline, Processes, loa
 from vosops.recipes.sequences import find_sequences
 
 from .eval import sequence_names, table
+from .progress import progress_bar
 
 dataset = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -62,7 +62,7 @@ def run(
         pipeline = Pipeline(load_recipe(recipe, assignments or ()), processes.device)
         if processes.rank == 0:
             _foresee(pipeline, data, names, errors)
-        with processes, _progress(errors, processes.rank == 0) as progress:
+        with processes, progress_bar(errors, processes.rank == 0) as progress:
             task = progress.add_task("frames", total=None)
             report = run_dataset(
                 pipeline,
@@ -105,7 +105,7 @@ def submit(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         names = None if sequences is None else sequence_names(sequences)
-        with _progress(errors, True) as progress:
+        with progress_bar(errors) as progress:
             task = progress.add_task("sequences", total=None)
             count = write_submission(
                 results,
@@ -138,18 +138,6 @@ def _show(report: DatasetReport, out: Path) -> None:
         f"{report.sequences} sequence{'s' * (report.sequences != 1)} in {out}, {report.fps:.2f} frames/s a "
         f"process, peak memory {report.peak_bytes / 1e6:.0f} MB",
         highlight=False,
-    )
-
-
-def _progress(console: Console, shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (shown and console.is_terminal),
     )
 
 

@@ -34,12 +34,12 @@ def recompute_blocks(model: nn.Module) -> int:
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
     """
     calls: list[tuple[Any, str]] = []
-    whole: list[nn.Module] = []
+    whole: set[nn.Module] = set()
     if isinstance(model, STCN):
         calls += [(model, "encode_value"), (model, "decode")]
-        whole += [*model.value_encoder.modules(), *model.decoder.modules()]
+        whole.update(model.value_encoder.modules(), model.decoder.modules())
     for part in model.modules():
-        if any(part is inner for inner in whole):
+        if part in whole:
             continue
         if isinstance(part, _BLOCKS):
             calls.append((part, "forward"))
